@@ -1,0 +1,147 @@
+"""The recipe: what a caller asks of `prepare`, as validated settings.
+
+The first six fields have the names and the meaning that `tf.contrib.quantize` gave them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rewriter.errors import ErrorCode, QatError
+
+WeightBits = Annotated[int, Field(ge=2, le=8)]
+ActivationBits = Annotated[int, Field(ge=2, le=16)]
+LossName = Literal["cross_entropy", "mse", "bce_with_logits", "l1"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Calibration(_Section):
+    """How initial activation ranges come from samples."""
+
+    method: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = Field(
+        default=99.99, gt=50.0, le=100.0, description="share of the values kept, in percent (percentile only)"
+    )
+
+
+class Override(_Section):
+    """Settings for some nodes only; of several overrides that match a node the last one wins."""
+
+    match: str = Field(min_length=1, description="operator type, or node-name prefix ('/' boundaries)")
+    quantize: bool = True
+    weight_bits: WeightBits | None = None
+    activation_bits: ActivationBits | None = None
+    symmetric: bool | None = None
+    per_channel: bool | None = None
+
+
+class GraphLoss(_Section):
+    """A loss that the model computes itself, or the output that a built-in loss is attached to."""
+
+    output: str = Field(min_length=1, description="name of a model output")
+    kind: LossName | None = Field(
+        default=None, description="built-in loss attached to that output; null: the output is the loss itself"
+    )
+
+
+class Recipe(_Section):
+    """What to quantize and how, and how to train it. Unknown fields and wrong types are errors."""
+
+    weight_bits: WeightBits = 8
+    activation_bits: ActivationBits = 8
+    symmetric: bool = Field(default=False, description="symmetric activation ranges; weights always are")
+    quant_delay: int = Field(default=0, ge=0, description="training steps before quantization starts")
+    freeze_bn_delay: int | None = Field(
+        default=None, ge=0, description="training steps after which batch norm uses its running statistics"
+    )
+    scope: str | None = Field(default=None, description="node-name prefix, matched at '/' boundaries")
+
+    per_channel: bool = Field(default=True, description="one scale per output channel of a weight")
+    ranges: Literal["learned", "moving_average", "fixed"] = "learned"
+    target: Literal["onnxruntime", "tensorrt", "tf_contrib"] = "onnxruntime"
+    batch_norm: Literal["fold_training", "fold_inference", "keep"] = Field(
+        default="fold_inference",
+        description="the default becomes fold_training once training-time folding is available",
+    )
+    overrides: tuple[Override, ...] = ()
+    calibration: Calibration = Calibration()
+    loss: LossName | GraphLoss = "cross_entropy"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    frozen: tuple[str, ...] = Field(default=(), description="name prefixes of parameters not to train")
+
+    @model_validator(mode="after")
+    def _freeze_after_quantization(self) -> Self:
+        if self.freeze_bn_delay is not None and self.freeze_bn_delay < self.quant_delay:
+            raise ValueError("freeze_bn_delay must not be smaller than quant_delay")
+        return self
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any] | str | bytes) -> Recipe:
+        """Validate a recipe given as a mapping or as JSON text.
+
+        Raises:
+            QatError: `recipe_invalid`, naming the first field that is wrong; `recipe_unsupported` for a
+                setting that the format allows and this version does not carry out.
+        """
+        try:
+            # JSON has no tuples: going through JSON keeps strict types and accepts lists.
+            text = settings if isinstance(settings, str | bytes) else _to_json(settings)
+            recipe = cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or _field_in(first["msg"])
+            raise QatError(
+                ErrorCode.RECIPE_INVALID, f"The recipe is not valid: {first['msg']}.", field=field
+            ) from error
+        recipe.require_supported()
+        return recipe
+
+    def require_supported(self) -> None:
+        """Raise `recipe_unsupported` for the first setting that this version cannot carry out."""
+        for field, supported in _SUPPORTED_VALUES.items():
+            value = getattr(self, field)
+            if value not in supported:
+                raise QatError(
+                    ErrorCode.RECIPE_UNSUPPORTED,
+                    f"{field} = {value!r} is not available in this version; use one of "
+                    f"{', '.join(repr(v) for v in supported)}.",
+                    field=field,
+                )
+        activation_bits = {"activation_bits": self.activation_bits}
+        for index, override in enumerate(self.overrides):
+            activation_bits[f"overrides.{index}.activation_bits"] = override.activation_bits or 8
+        for field, bits in activation_bits.items():
+            if bits > 8:
+                raise QatError(
+                    ErrorCode.RECIPE_UNSUPPORTED,
+                    "Activations of more than 8 bits are not available in this version; use 2 to 8.",
+                    field=field,
+                )
+
+
+# What the format allows and this version carries out, field by field.
+_SUPPORTED_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "quant_delay": (0,),
+    "freeze_bn_delay": (None,),
+    "ranges": ("learned", "fixed"),
+    "target": ("onnxruntime",),
+    "batch_norm": ("fold_inference", "keep"),
+}
+
+
+def _to_json(settings: Mapping[str, Any]) -> bytes:
+    try:
+        return pydantic.TypeAdapter(dict[str, Any]).dump_json(dict(settings))
+    except (pydantic.ValidationError, ValueError, TypeError) as error:
+        raise QatError(ErrorCode.RECIPE_INVALID, "The recipe is not a JSON object.") from error
+
+
+def _field_in(message: str) -> str | None:
+    return next((name for name in Recipe.model_fields if name in message), None)
