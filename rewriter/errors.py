@@ -19,6 +19,7 @@ class ErrorCode(enum.StrEnum):
     MODEL_TOO_LARGE = "model_too_large"
     MODEL_OPSET_UNSUPPORTED = "model_opset_unsupported"
     MODEL_DOMAIN_UNKNOWN = "model_domain_unknown"  # a node of an operator set we know nothing about
+    MODEL_UNSUPPORTED = "model_unsupported"  # valid, but a construct of it cannot be rewritten
     MODEL_NO_FLOAT_WEIGHTS = "model_no_float_weights"
     EXTERNAL_DATA_OUTSIDE = "external_data_outside"  # the path leaves the model's own folder
     EXTERNAL_DATA_MISSING = "external_data_missing"
@@ -36,6 +37,7 @@ class ErrorCode(enum.StrEnum):
     DATA_TYPE_MISMATCH = "data_type_mismatch"
     DATA_EMPTY = "data_empty"
     DATA_NOT_FINITE = "data_not_finite"
+    DATA_LABEL_OUT_OF_RANGE = "data_label_out_of_range"  # a label that is none of the model's classes
 
     # Rewriting.
     NOTHING_TO_QUANTIZE = "nothing_to_quantize"

@@ -64,11 +64,13 @@ class QuantizedTensor:
         on_grid: the values are already quantized by the same scale (the output of an operator that only
             moves data), so that quantizing again changes nothing; the pair is there for runtimes that
             match Q/DQ patterns, and training leaves it out.
+        graph_output: the tensor is an output of the graph, which becomes the quantized tensor.
     """
 
     name: str
     consumers: tuple[str, ...]
     on_grid: bool = False
+    graph_output: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

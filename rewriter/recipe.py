@@ -144,4 +144,6 @@ def _to_json(settings: Mapping[str, Any]) -> bytes:
 
 
 def _field_in(message: str) -> str | None:
-    return next((name for name in Recipe.model_fields if name in message), None)
+    """The field that a message about several fields names first."""
+    named = [name for name in Recipe.model_fields if name in message]
+    return min(named, key=message.index, default=None)

@@ -1,0 +1,184 @@
+"""`onnx-qat`: the library from the command line.
+
+Exit status: 0 done; 1 the model or the data cannot be processed (one line on standard error: reason, code,
+node); 2 wrong usage, a wrong recipe included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import rich.console
+import rich.progress
+import typer
+
+import rewriter
+from rewriter.errors import ErrorCode, QatError
+from rewriter.progress import Progress
+
+app = typer.Typer(
+    help="Quantization-aware training for ONNX files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_USAGE_ERRORS = {ErrorCode.RECIPE_INVALID, ErrorCode.RECIPE_UNSUPPORTED}
+
+
+@app.command()
+def prepare(
+    model: Annotated[pathlib.Path, typer.Argument(help="Float ONNX file.")],
+    output: Annotated[pathlib.Path, typer.Option("-o", "--output", help="Bundle directory to make.")],
+    recipe: Annotated[pathlib.Path | None, typer.Option(help="Recipe as a JSON file.")] = None,
+    calibration: Annotated[
+        pathlib.Path | None, typer.Option(help="npz: one array per graph input, first axis = samples.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Recipe field, JSON value; wins over --recipe."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Turn a float model into a bundle that trains with stock onnxruntime-training."""
+    with _errors_to_exit_status():
+        chosen = _recipe(recipe, settings or [])
+        with _progress() as progress:
+            manifest = rewriter.prepare(
+                model, output, recipe=chosen, calibration=calibration, replace=force, progress=progress
+            )
+        weights = sum(q.kind == "weight" for q in manifest.quantizers)
+        print(
+            f"{output}: {len(manifest.quantized_nodes)} nodes quantized with {weights} weight and "
+            f"{len(manifest.quantizers) - weights} activation quantizers, {len(manifest.folded)} batch norms "
+            f"folded, {len(manifest.skipped)} nodes skipped, {len(manifest.training.trainable)} parameters "
+            "to train"
+        )
+        for warning in manifest.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command()
+def finetune(
+    bundle: Annotated[pathlib.Path, typer.Argument(help="Bundle directory.")],
+    data: Annotated[pathlib.Path, typer.Option(help="npz: graph inputs and labels/targets.")],
+    evaluation: Annotated[pathlib.Path | None, typer.Option("--eval", help="npz to evaluate on.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 1e-3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Order of the samples.")] = 0,
+) -> None:
+    """Train a bundle with onnxruntime-training; the bundle's checkpoint is updated."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter("cpu or cuda", param_hint="--device")
+    with _errors_to_exit_status():
+        with _progress() as progress:
+            report = rewriter.finetune(
+                bundle,
+                data,
+                evaluation=evaluation,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+        print(report)
+
+
+@app.command()
+def finalize(
+    bundle: Annotated[pathlib.Path, typer.Argument(help="Bundle directory.")],
+    output: Annotated[pathlib.Path, typer.Option("-o", "--output", help="int8 ONNX file to make.")],
+    checkpoint: Annotated[
+        pathlib.Path | None, typer.Option(help="Trained checkpoint; default: the bundle's own.")
+    ] = None,
+    verify: Annotated[
+        pathlib.Path | None, typer.Option(help="npz: compare the int8 model with the trained one on it.")
+    ] = None,
+) -> None:
+    """Turn a bundle and a checkpoint into an int8 model for stock onnxruntime."""
+    with _errors_to_exit_status():
+        with _progress() as progress:
+            report = rewriter.finalize(
+                bundle, output, checkpoint=checkpoint, verify=verify, progress=progress
+            )
+        print(report.summary())
+        for warning in report.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+def _recipe(path: pathlib.Path | None, settings: list[str]) -> rewriter.Recipe:
+    """The recipe of a file with single fields set over it."""
+    fields: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise QatError(
+                ErrorCode.RECIPE_INVALID, f"The recipe cannot be read as JSON: {error}.", file=path.name
+            ) from error
+        if not isinstance(loaded, dict):
+            raise QatError(ErrorCode.RECIPE_INVALID, "The recipe is not a JSON object.", file=path.name)
+        fields.update(loaded)
+    for setting in settings:
+        field, separator, value = setting.partition("=")
+        if not separator or not field:
+            raise typer.BadParameter(f"{setting!r} is not FIELD=VALUE", param_hint="--set")
+        _set(fields, field.split("."), _json_or_text(value))
+    return rewriter.Recipe.parse(fields)
+
+
+def _set(fields: dict[str, Any], path: list[str], value: Any) -> None:
+    """`calibration.method` reaches into the section."""
+    for part in path[:-1]:
+        section = fields.setdefault(part, {})
+        if not isinstance(section, dict):
+            section = fields[part] = {}
+        fields = section
+    fields[path[-1]] = value
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+@contextlib.contextmanager
+def _errors_to_exit_status() -> Iterator[None]:
+    try:
+        yield
+    except QatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2 if error.code in _USAGE_ERRORS else 1) from error
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on standard error, one line a stage; nothing where that is not a terminal."""
+    console = rich.console.Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("{task.description:<14}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[detail]}"),
+    )
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, rich.progress.TaskID] = {}
+
+        def report(stage: str, fraction: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=1.0, detail="")
+            bar.update(tasks[stage], completed=fraction)
+
+        yield report

@@ -1,0 +1,143 @@
+"""From a bundle and a checkpoint to an int8 model that stock onnxruntime runs with integer kernels."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+
+from rewriter import bundle as bundles
+from rewriter.calibration.npz import NpzSamples
+from rewriter.fake_quantize import is_fake_quantize, read
+from rewriter.finalize.biases import quantize_biases
+from rewriter.finalize.parameters import apply_checkpoint
+from rewriter.finalize.verification import (
+    FLOAT_KERNELS,
+    INTEGER_KERNELS,
+    Agreement,
+    compare,
+    count_layer_kernels,
+)
+from rewriter.finalize.weights import quantize_weights
+from rewriter.load import load, save
+from rewriter.lowering import lower
+from rewriter.manifest import FileEntry
+from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
+from rewriter.progress import Progress, silent
+from rewriter.training.checkpoint import latest_checkpoint, read_checkpoint
+
+__all__ = ["Agreement", "FinalizeReport", "finalize"]
+
+
+class FinalizeReport(BaseModel):
+    """What came out of `finalize`.
+
+    Attributes:
+        file: name, digest and size of the int8 model.
+        layer_kernels: how many convolutions and matrix products onnxruntime runs, by kernel, with all
+            optimizations on.
+        agreement: the comparison with the trained model, when samples were given.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: FileEntry
+    integer_weights: int
+    layer_kernels: dict[str, int]
+    agreement: Agreement | None
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Two or three lines for a person."""
+        integer = sum(n for op, n in self.layer_kernels.items() if op in INTEGER_KERNELS)
+        left = {op: n for op, n in self.layer_kernels.items() if op in FLOAT_KERNELS}
+        lines = [
+            f"{self.file.name}: {self.file.bytes} bytes, {self.integer_weights} integer weights",
+            f"onnxruntime runs {integer} layers with integer kernels"
+            + (f", {sum(left.values())} in float ({left})" if left else ", none in float"),
+        ]
+        if (agreement := self.agreement) is not None:
+            steps = agreement.largest_difference_in_steps
+            lines.append(
+                f"{agreement.samples} samples: "
+                + ("" if agreement.top1 is None else f"same top-1 on {agreement.top1:.2%}, ")
+                + f"largest difference {agreement.largest_difference:.3g}"
+                + ("" if steps is None else f" = {steps:.3g} steps of the output")
+                + " (optimizations off)"
+            )
+        return "\n".join(lines)
+
+
+def finalize(
+    bundle: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    checkpoint: pathlib.Path | None = None,
+    verify: pathlib.Path | None = None,
+    progress: Progress = silent,
+) -> FinalizeReport:
+    """Write the int8 QDQ model of a trained bundle.
+
+    Args:
+        bundle: bundle directory.
+        output: ONNX file to write; it appears whole or not at all, and replaces one of the same name.
+        checkpoint: trained checkpoint; None: the latest in the bundle.
+        verify: npz of samples on which the result is compared with the trained fake-quantized model.
+
+    Raises:
+        QatError: `bundle_invalid`, `checkpoint_invalid`, `output_unwritable`, `data_*`, `run_failed`.
+    """
+    manifest = bundles.read_manifest(bundle)
+    progress("load", 0.0)
+    model = load(bundle / bundles.QAT_MODEL)
+    RaiseQuantizePairs()(model)
+    apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle)))
+    progress("load", 1.0)
+
+    with tempfile.TemporaryDirectory() as scratch, bundles.new_file(output) as staging:
+        samples = None
+        reference = pathlib.Path(scratch, "reference.onnx")
+        if verify is not None:
+            samples = NpzSamples.open(verify, model.graph.inputs)
+            trained = model.clone()
+            lower(trained, saturation="between")
+            save(trained, reference)
+        steps = _output_steps(model)
+
+        progress("quantize", 0.0)
+        raised = quantize_biases(model)
+        integer_weights = quantize_weights(model)
+        lower(model, saturation="between")
+        save(model, staging)
+        progress("quantize", 1.0)
+
+        progress("verify", 0.0)
+        kernels = count_layer_kernels(staging)
+        agreement = None if samples is None else compare(reference, staging, samples, steps)
+        progress("verify", 1.0)
+        description = bundles.describe_source(staging)
+    return FinalizeReport(
+        file=FileEntry(name=output.name, sha256=description.sha256, bytes=description.bytes),
+        integer_weights=integer_weights,
+        layer_kernels=kernels,
+        agreement=agreement,
+        warnings=tuple(
+            f"{change.node}: the weight scale of {change.channels} channel(s) was raised so that the bias "
+            "fits into int32"
+            for change in raised
+        ),
+    )
+
+
+def _output_steps(model: ir.Model) -> dict[str, float]:
+    """Quantization step of each graph output that a per-tensor quantizer writes."""
+    steps = {}
+    for output in model.graph.outputs:
+        producer = output.producer()
+        if is_fake_quantize(producer) and producer is not None:
+            quantizer = read(producer)
+            if quantizer.axis is None and quantizer.scale.const_value is not None:
+                steps[output.name or ""] = float(quantizer.scale.const_value.numpy())
+    return steps

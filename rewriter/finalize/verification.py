@@ -1,0 +1,122 @@
+"""What onnxruntime makes of a finalized model: which kernels it runs, and whether it agrees.
+
+The reference is the trained fake-quantized model. With graph optimizations off the two differ by rounding
+of the bias alone; with all optimizations on, integer kernels requantize, which may move an output by a step.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime
+from pydantic import BaseModel, ConfigDict
+
+from rewriter.calibration.npz import NpzSamples
+from rewriter.errors import ErrorCode, QatError
+
+# Kernels of onnxruntime that compute a layer in integers.
+INTEGER_KERNELS: Final = frozenset(
+    {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"}
+)
+FLOAT_KERNELS: Final = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+)
+
+
+class Agreement(BaseModel):
+    """The int8 model beside the trained fake-quantized model, on the same samples.
+
+    Attributes:
+        samples: number of samples compared.
+        top1: share of positions whose largest value along the class axis (axis 1, or the last of a
+            rank-3 output) is the same, all optimizations on; null for an output without classes.
+        largest_difference: largest absolute difference of the first float output, optimizations off.
+        largest_difference_in_steps: the same in quantization steps of that output; null where the output
+            is not quantized.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    samples: int
+    top1: float | None
+    largest_difference: float
+    largest_difference_in_steps: float | None
+
+
+def count_layer_kernels(model: pathlib.Path) -> dict[str, int]:
+    """Integer and float layer kernels in the graph that onnxruntime runs, all optimizations on."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = pathlib.Path(folder, "optimized.onnx")
+        options = _options()
+        options.optimized_model_filepath = str(optimized)
+        _session(model, options)
+        nodes = onnx.load(optimized, load_external_data=False).graph.node
+        counts = collections.Counter(node.op_type for node in nodes)
+    return {op: n for op, n in sorted(counts.items()) if op in INTEGER_KERNELS | FLOAT_KERNELS}
+
+
+def compare(
+    reference: pathlib.Path, finalized: pathlib.Path, samples: NpzSamples, steps: Mapping[str, float]
+) -> Agreement:
+    """Run both models on all samples, in batches.
+
+    Args:
+        steps: quantization step (scale) of each quantized output, by output name.
+    """
+    exact = _options()
+    exact.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected_session = _session(reference, exact)
+    exact_session = _session(finalized, exact)
+    fast_session = _session(finalized, _options())
+    output = next((o for o in expected_session.get_outputs() if o.type == "tensor(float)"), None)
+    if output is None:
+        raise QatError(ErrorCode.RUN_FAILED, "The model has no float32 output to compare.")
+
+    count, positions, same, largest = 0, 0, 0, 0.0
+    for batch in samples.batches(32):
+        feed = dict(batch)
+        try:
+            expected = expected_session.run([output.name], feed)[0]
+            exact_result = exact_session.run([output.name], feed)[0]
+            fast_result = fast_session.run([output.name], feed)[0]
+        except Exception as error:  # onnxruntime raises several unrelated classes
+            raise QatError(
+                ErrorCode.RUN_FAILED, f"onnxruntime could not run the model on the samples: {error}"
+            ) from error
+        count += len(next(iter(feed.values())))
+        if expected.size:
+            largest = max(largest, float(np.max(np.abs(expected - exact_result))))
+        if expected.ndim >= 2:
+            axis = 2 if expected.ndim == 3 else 1
+            agrees = expected.argmax(axis) == fast_result.argmax(axis)
+            same, positions = same + int(agrees.sum()), positions + agrees.size
+    step = steps.get(output.name)
+    return Agreement(
+        output=output.name,
+        samples=count,
+        top1=same / positions if positions else None,
+        largest_difference=largest,
+        largest_difference_in_steps=None if step is None else largest / step,
+    )
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def _session(model: pathlib.Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises several unrelated classes
+        raise QatError(
+            ErrorCode.RUN_FAILED, f"onnxruntime does not load the model: {error}", file=model.name
+        ) from error

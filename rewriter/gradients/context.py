@@ -1,0 +1,275 @@
+"""What a gradient rule works with: the node, which gradients are wanted, and a builder of nodes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+Dimensions = tuple[int | ir.SymbolicDim, ...]
+
+
+def dims_of(value: ir.Value) -> Dimensions | None:
+    """The dimensions, None where the rank is unknown."""
+    return None if value.shape is None else tuple(value.shape.dims)
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else value.shape.rank()
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape where every dimension is a number."""
+    dims = dims_of(value)
+    if dims is None:
+        return None
+    numbers = tuple(d for d in dims if isinstance(d, int))
+    return numbers if len(numbers) == len(dims) else None
+
+
+def constant_of(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The value of an initializer that nothing can change at run time."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    array: npt.NDArray[np.generic] = value.const_value.numpy()
+    return array
+
+
+class Builder:
+    """Appends nodes and constants to a graph under names that nothing else there has."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._names: set[str | None] = set(graph.initializers)
+        self._names.update(value.name for value in graph.inputs)
+        for node in graph:
+            self._names.add(node.name)
+            self._names.update(value.name for value in node.outputs)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        graph.opset_imports.setdefault(MICROSOFT, 1)
+
+    def node(
+        self,
+        op_type: str,
+        inputs: tuple[ir.Value | None, ...],
+        attributes: dict[str, Any],
+        *,
+        domain: str,
+        prefix: str,
+        outputs: tuple[bool, ...] = (True,),
+    ) -> tuple[ir.Value, ...]:
+        """The outputs of a new node; an output whose flag is False is left out of the node."""
+        name = self.unique(f"{prefix}/{op_type}")
+        values = [
+            ir.Value(name=self.unique(f"{name}_{i}" if i else f"{name}_output") if wanted else "")
+            for i, wanted in enumerate(outputs)
+        ]
+        self._graph.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name))
+        return tuple(values)
+
+    def constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
+        """An initializer; equal constants are one."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self.unique("gradient/constant")
+            value = ir.val(name, const_value=ir.tensor(array, name=name))
+            self._graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def unique(self, name: str) -> str:
+        """`name`, numbered where it is taken."""
+        candidate = name
+        while candidate in self._names:
+            self._counts[name] += 1
+            candidate = f"{name}_{self._counts[name]}"
+        self._names.add(candidate)
+        return candidate
+
+
+class Context:
+    """One node whose gradient is asked for.
+
+    Attributes:
+        node: the forward node. A rule may give it further outputs (`output`).
+        needed: per input, whether its gradient is wanted.
+    """
+
+    def __init__(
+        self, builder: Builder, node: ir.Node, needed: tuple[bool, ...], data: Collection[ir.Value]
+    ) -> None:
+        self._builder = builder
+        self._data = data
+        self._prefix = f"gradient/{node.name}"
+        self.node = node
+        self.needed = needed
+
+    def needs(self, index: int) -> bool:
+        return index < len(self.needed) and self.needed[index]
+
+    def input(self, index: int) -> ir.Value:
+        """An input that the operator requires."""
+        value = self.node.inputs[index]
+        assert value is not None
+        return value
+
+    def optional(self, index: int) -> ir.Value | None:
+        return self.node.inputs[index] if index < len(self.node.inputs) else None
+
+    def output(self, index: int = 0, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """An output; one that was left out is added to the node, with the given data type."""
+        if len(self.node.outputs) <= index:
+            self.node.resize_outputs(index + 1)
+        value = self.node.outputs[index]
+        if not value.name:
+            value.name = self._builder.unique(f"{self._prefix}/forward_output_{index}")
+            value.type = ir.TensorType(dtype)
+        return value
+
+    def depends_on_data(self, value: ir.Value) -> bool:
+        """Whether the value changes with the batch, and is not computed from parameters alone."""
+        return value in self._data
+
+    # Emitting
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """The output of a new single-output node."""
+        return self.ops(op_type, *inputs, domain=domain, outputs=(True,), **attributes)[0]
+
+    def ms(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """The output of a new node of onnxruntime's own operator set."""
+        return self.op(op_type, *inputs, domain=MICROSOFT, **attributes)
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: tuple[bool, ...],
+        domain: str = "",
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """All outputs of a new node; those whose flag is False are left out of it."""
+        return self._builder.node(
+            op_type, inputs, attributes, domain=domain, prefix=self._prefix, outputs=outputs
+        )
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """A constant int64 vector: axes, a shape, sizes."""
+        return self._builder.constant(np.array(numbers, np.int64))
+
+    def scalar(self, number: float, like: ir.Value) -> ir.Value:
+        """A constant of shape [] and the data type of `like`."""
+        return self._builder.constant(np.array(number, (like.dtype or ir.DataType.FLOAT).numpy()))
+
+    def array(self, array: npt.NDArray[np.generic]) -> ir.Value:
+        return self._builder.constant(array)
+
+    # Shapes
+
+    def shape(self, value: ir.Value, start: int = 0, end: int | None = None) -> ir.Value:
+        """int64 vector of the dimensions [start:end] of `value`, a constant where they are known."""
+        dims = dims_of(value)
+        if dims is not None:
+            numbers = [d for d in dims[start:end] if isinstance(d, int)]
+            if len(numbers) == len(dims[start:end]):
+                return self.ints(*numbers)
+        limits: dict[str, Any] = {"start": start} if end is None else {"start": start, "end": end}
+        return self.op("Shape", value, **limits)
+
+    def dimension(self, value: ir.Value, axis: int) -> ir.Value:
+        """int64 vector of one element: the size of `axis`, which may be negative."""
+        return self.shape(value, axis, axis + 1 if axis != -1 else None)
+
+    def reshape_like(self, gradient: ir.Value, value: ir.Value) -> ir.Value:
+        return self.op("Reshape", gradient, self.shape(value), **_ZERO_IS_ZERO)
+
+    def expand_like(self, gradient: ir.Value, value: ir.Value) -> ir.Value:
+        return self.op("Expand", gradient, self.shape(value))
+
+    def zeros_like(self, value: ir.Value) -> ir.Value:
+        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        return self.op("ConstantOfShape", self.shape(value), value=ir.tensor(np.zeros(1, dtype)))
+
+    # Arithmetic
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.op("Add", a, b)
+
+    def sub(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.op("Sub", a, b)
+
+    def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.op("Mul", a, b)
+
+    def div(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.op("Div", a, b)
+
+    def neg(self, a: ir.Value) -> ir.Value:
+        return self.op("Neg", a)
+
+    def times(self, a: ir.Value, factor: float) -> ir.Value:
+        """a * factor; `a` itself where the factor is one."""
+        return a if factor == 1.0 else self.mul(a, self.scalar(factor, a))
+
+    def as_float(self, mask: ir.Value, like: ir.Value) -> ir.Value:
+        """0 and 1 in the data type of `like`."""
+        return self.op("Cast", mask, to=(like.dtype or ir.DataType.FLOAT).value)
+
+    def masked(self, gradient: ir.Value, mask: ir.Value) -> ir.Value:
+        """`gradient` (float32) where `mask` (bool, same shape) holds, else 0.
+
+        FakeQuantGrad does just that in one pass: on [32, 64, 56, 56] with two threads 5 ms with the mask,
+        against 7 for Cast and Mul, 30 for Where and 31 for com.microsoft.ReluGrad.
+        """
+        return self.ms("FakeQuantGrad", gradient, mask)
+
+    def sum_to(self, gradient: ir.Value, operand: ir.Value, dims: Dimensions | None) -> ir.Value:
+        """The gradient of `operand` that was broadcast to the dimensions `dims`, which `gradient` has.
+
+        Which axes to sum is decided here where the shapes prove it and at run time elsewhere.
+        """
+        target = static_shape(operand)
+        if target is not None and all(d == 1 for d in target) and dims != target:
+            total = self.op("ReduceSum", gradient, keepdims=0)
+            return self.op("Reshape", total, self.ints(*target)) if target else total
+        axes = broadcast_axes(dims_of(operand), dims)
+        if axes is None or dims is None:
+            return self._sum_to_at_run_time(gradient, operand)
+        if not axes:
+            return gradient
+        added = len(dims) - (rank_of(operand) or 0)
+        only_added = axes == tuple(range(added))
+        total = self.op("ReduceSum", gradient, self.ints(*axes), keepdims=int(not only_added))
+        return total if only_added or not added else self.op("Squeeze", total, self.ints(*range(added)))
+
+    def _sum_to_at_run_time(self, gradient: ir.Value, operand: ir.Value) -> ir.Value:
+        shape = self.op("Shape", operand)
+        axes = self.ms("BroadcastGradientArgs", shape, self.op("Shape", gradient))
+        total = self.op("ReduceSum", gradient, axes, keepdims=1, noop_with_empty_axes=1)
+        return self.op("Reshape", total, shape, **_ZERO_IS_ZERO)
+
+
+# Reshape to a shape that was read off a tensor: a 0 in it is a size, not "copy this dimension".
+_ZERO_IS_ZERO: dict[str, Any] = {"allowzero": 1}
+
+
+def broadcast_axes(dims: Dimensions | None, result_dims: Dimensions | None) -> tuple[int, ...] | None:
+    """The axes of the result along which an operand was broadcast; None where the shapes do not tell."""
+    if dims is None or result_dims is None or len(dims) > len(result_dims):
+        return None
+    added = len(result_dims) - len(dims)
+    axes = list(range(added))
+    for axis, (dim, result_dim) in enumerate(zip(dims, result_dims[added:], strict=True), added):
+        if dim == 1:
+            if result_dim != 1:
+                axes.append(axis)
+        elif not isinstance(dim, int) and result_dim != 1 and (dim.value is None or dim != result_dim):
+            return None
+    return tuple(axes)

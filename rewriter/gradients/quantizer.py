@@ -1,0 +1,121 @@
+"""Gradient rule of the FakeQuantize node: the straight-through estimator, and LSQ for the scale.
+
+    dx = dy where round(x / s) + z, unclipped, lies in [qmin, qmax], else 0
+    ds = g * sum(dy * ((y - x) / s where in range, else y / s))        g = 1 / sqrt(N * qmax)
+
+(Esser et al. 2020, Learned Step Size Quantization.) N is the number of elements that share a scale: of a
+weight all of them, of an activation those of one sample, its first axis being the batch.
+
+In range means (qmin - 1/2 - z) s <= x <= (qmax + 1/2 - z) s: no division, and exact for all but the ties.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter import fake_quantize
+from rewriter.fake_quantize import FakeQuantize
+from rewriter.gradients.context import Context, constant_of, dims_of, rank_of
+from rewriter.gradients.registry import Gradients, rule
+
+
+def _on_grid(node: ir.Node) -> tuple[int, ...]:
+    """Quantizing what is on the grid already changes nothing, whatever the scale."""
+    return (1,) if fake_quantize.read(node).on_grid else ()
+
+
+def _unknown_rank(node: ir.Node) -> str | None:
+    quantizer = fake_quantize.read(node)
+    if quantizer.axis is not None and rank_of(quantizer.x) is None:
+        return "the rank of its input is not known, and it quantizes per channel"
+    return None
+
+
+@rule(
+    fake_quantize.OP_TYPE,
+    domain=fake_quantize.DOMAIN,
+    inputs=(0, 1),
+    stops=_on_grid,
+    obstacle=_unknown_rank,
+)
+def fake_quantize_gradient(ctx: Context, dy: ir.Value) -> Gradients:
+    quantizer = fake_quantize.read(ctx.node)
+    if quantizer.on_grid:
+        return dy, None
+    mask = _in_range(ctx, quantizer)
+    dx = ctx.masked(dy, mask) if ctx.needs(0) else None
+    ds = _scale_gradient(ctx, quantizer, dy, mask) if ctx.needs(1) else None
+    return dx, ds
+
+
+def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
+    x, scale, range_ = quantizer.x, quantizer.scale, quantizer.range
+    lowest, highest = np.float32(range_.qmin - 0.5), np.float32(range_.qmax + 0.5)
+    zero_point = constant_of(quantizer.zero_point)
+    if zero_point is not None:
+        z = zero_point.astype(np.float32)
+        low, high = ctx.array(lowest - z), ctx.array(highest - z)
+    else:
+        shift = ctx.as_float(quantizer.zero_point, scale)
+        low = ctx.sub(ctx.scalar(float(lowest), scale), shift)
+        high = ctx.sub(ctx.scalar(float(highest), scale), shift)
+    low, high = ctx.mul(scale, low), ctx.mul(scale, high)
+    if quantizer.axis is None:
+        clipped = ctx.op("Clip", x, low, high)
+    else:
+        along = ctx.ints(*(-1 if axis == _axis(quantizer) else 1 for axis in range(rank_of(x) or 0)))
+        low, high = ctx.op("Reshape", low, along), ctx.op("Reshape", high, along)
+        clipped = ctx.op("Min", ctx.op("Max", x, low), high)
+    return ctx.op("Equal", x, clipped)
+
+
+def _scale_gradient(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, mask: ir.Value) -> ir.Value:
+    """Sums dy * (y - x or 0): the difference first, whose rounding error is that of y - x, not of x."""
+    error = ctx.sub(quantizer.output, ctx.masked(quantizer.x, mask))
+    product = ctx.mul(dy, error)
+    if quantizer.axis is None:
+        total = ctx.op("ReduceSum", product, keepdims=0)
+    else:
+        others = [axis for axis in range(rank_of(quantizer.x) or 0) if axis != _axis(quantizer)]
+        total = ctx.op("ReduceSum", product, ctx.ints(*others), keepdims=0) if others else product
+    return ctx.mul(ctx.div(total, quantizer.scale), _gradient_scale(ctx, quantizer))
+
+
+def _gradient_scale(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
+    """g = 1 / sqrt(N * qmax), a scalar; a constant where N is known."""
+    x, qmax = quantizer.x, quantizer.range.qmax
+    dims = dims_of(x)
+    per_sample = not _is_weight(ctx, quantizer)
+    if dims is not None:
+        shared = [
+            dim
+            for axis, dim in enumerate(dims)
+            if not (per_sample and axis == 0) and axis != _axis(quantizer)
+        ]
+        numbers = [dim for dim in shared if isinstance(dim, int)]
+        if len(numbers) == len(shared):
+            return ctx.scalar(1 / math.sqrt(max(math.prod(numbers), 1) * qmax), quantizer.scale)
+    count = ctx.op("Size", x)
+    if per_sample:
+        count = ctx.div(count, ctx.op("Squeeze", ctx.op("Shape", x, start=0, end=1)))
+    if quantizer.axis is not None and not (per_sample and _axis(quantizer) == 0):
+        count = ctx.div(count, ctx.op("Size", quantizer.scale))
+    elements = ctx.as_float(count, quantizer.scale)
+    return ctx.op("Reciprocal", ctx.op("Sqrt", ctx.times(elements, float(qmax))))
+
+
+def _is_weight(ctx: Context, quantizer: FakeQuantize) -> bool:
+    """Weights are quantized symmetrically in a narrow range; activations never are.
+
+    That also tells a weight that batch norm was folded into, and that so depends on the batch. A quantizer
+    the model came with may use another range: there, a weight is what does not depend on the data.
+    """
+    return quantizer.range.qmin == -quantizer.range.qmax or not ctx.depends_on_data(quantizer.x)
+
+
+def _axis(quantizer: FakeQuantize) -> int | None:
+    axis = quantizer.axis
+    return axis + (rank_of(quantizer.x) or 0) if axis is not None and axis < 0 else axis

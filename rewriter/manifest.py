@@ -1,0 +1,183 @@
+"""manifest.json: what a bundle is, what was quantized and what was not, and why."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from rewriter.errors import ErrorCode, QatError
+from rewriter.recipe import Recipe
+
+SCHEMA_VERSION: Final = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Section):
+    """The uploaded model file."""
+
+    sha256: str
+    bytes: int
+
+
+class Normalization(_Section):
+    """What the model was brought into before anything was quantized.
+
+    `dynamic_batch`: inputs whose first dimension was 1 and is dynamic now.
+    """
+
+    source_opset: int
+    opset: int
+    changed: tuple[str, ...]
+    dynamic_batch: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class QuantizedTensorEntry(_Section):
+    """One tensor of a quantizer.
+
+    `on_grid`: an operator that only moves data computes it from a tensor of the same quantizer, so that its
+    Q/DQ pair changes nothing; training leaves the pair out.
+    """
+
+    tensor: str
+    nodes: tuple[str, ...]
+    on_grid: bool
+
+
+class QuantizerEntry(_Section):
+    """One quantizer: a scale, a zero point and the tensors that share them.
+
+    Attributes:
+        scale: name of the scale initializer in qat_model.onnx.
+        scale_parameter: name of the trained parameter in the checkpoint, null when the scale is fixed.
+        initial_scale: one value, or one per channel along `axis`.
+        initialized: where the initial scale comes from.
+    """
+
+    name: str
+    tensor: str
+    kind: Literal["weight", "activation"]
+    bits: int
+    symmetric: bool
+    qmin: int
+    qmax: int
+    dtype: Literal["int8", "uint8"]
+    axis: int | None
+    scale: str
+    scale_parameter: str | None
+    zero_point: str
+    initial_scale: tuple[float, ...]
+    initial_zero_point: tuple[int, ...]
+    initialized: str
+    existing: bool
+    nodes: tuple[str, ...]
+    tensors: tuple[QuantizedTensorEntry, ...]
+
+
+class FoldedEntry(_Section):
+    """A batch norm folded into the layer before it."""
+
+    batch_norm: str
+    node: str
+    op: str
+
+
+class SkippedEntry(_Section):
+    node: str
+    op: str
+    reason: str
+
+
+class FrozenEntry(_Section):
+    """A float parameter that training does not change."""
+
+    parameter: str
+    reason: str
+
+
+class Target(_Section):
+    """The input that the loss adds: `labels` (int64) or `targets` (float32); -1 is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class Training(_Section):
+    """What a training loop has to feed, what it gets and what it changes.
+
+    Attributes:
+        loss: name of the loss, the first output of the training and of the eval model.
+        loss_kind: the built-in loss, "graph" when the model computes its own.
+        output: the model output that the loss belongs to.
+        attached_to: the tensor that the loss reads: that output, or the scores before its softmax.
+        target: null when the model computes its own loss.
+        inputs: everything a step is fed, in order, the target last.
+        eval_outputs: outputs of the eval model after the loss: those of the model itself.
+        trainable: parameters in the checkpoint that training changes, those of scales among them.
+        scales: how scale parameters p are trained: "exp" is scale = initial_scale * exp(p); "fixed": not.
+    """
+
+    loss: str
+    loss_kind: str
+    output: str
+    attached_to: str
+    target: Target | None
+    inputs: tuple[str, ...]
+    eval_outputs: tuple[str, ...]
+    optimizer: str
+    trainable: tuple[str, ...]
+    scales: Literal["exp", "fixed"]
+
+
+class FileEntry(_Section):
+    name: str
+    sha256: str
+    bytes: int
+
+
+class Manifest(_Section):
+    """Everything a bundle says about itself; see the attributes' classes."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    recipe: Recipe
+    source: Source
+    calibration: Source | None
+    versions: dict[str, str]
+    normalization: Normalization
+    quantizers: tuple[QuantizerEntry, ...]
+    quantized_nodes: tuple[str, ...]
+    folded: tuple[FoldedEntry, ...]
+    skipped: tuple[SkippedEntry, ...]
+    frozen: tuple[FrozenEntry, ...]
+    training: Training
+    warnings: tuple[str, ...]
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON, the same bytes for the same content."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            QatError: `bundle_invalid` when it is not one, or of another schema version.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QatError(
+                ErrorCode.BUNDLE_INVALID,
+                f"manifest.json is not a manifest of schema version {SCHEMA_VERSION}: "
+                f"{where}: {first['msg']}.",
+                file="manifest.json",
+            ) from error

@@ -1,0 +1,343 @@
+"""Raises QuantizeLinear/DequantizeLinear pairs that a model came with to FakeQuantize nodes.
+
+Placement sees them as quantizers that exist, and does not stack a second layer on them.
+
+Rules:
+
+1. Q -> DQ with equal, constant scale, zero point and axis becomes one FakeQuantize. The scale must be
+   positive float32, the integers int8 or uint8. A Q without zero point is uint8 with zero point 0.
+2. A saturation that belongs to the pair becomes its integer range: a Clip of the integers in between, or a
+   float Clip (per channel Max and Min) before whose bounds lie on the grid. A pair without one on data that
+   was only moved since it was quantized with the same scale is `on_grid`, and has the range of that.
+3. DQ of constant int8 or uint8 becomes a float32 initializer of the dequantized values and a FakeQuantize of
+   it; the range is narrow (-127..127) where the values are. DQ of constant int32 (a bias) becomes the float
+   initializer alone.
+4. Pairs that read the same scale initializer share a quantizer. Its initializers are called `{name}_scale`
+   and `{name}_zero_point`; those with such names keep them, others are named after the first tensor.
+5. Pairs with scales that are computed, or with other integer types, are left as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from rewriter import fake_quantize
+from rewriter.names import FreeNames
+from rewriter.normalize.constant_bounds import constant_array
+from rewriter.operators import is_operator, movement_inputs, traits_of
+from rewriter.quantization import IntegerRange, dequantize
+
+_Array = npt.NDArray[Any]
+
+_STORED_AS = {
+    ir.DataType.INT8: IntegerRange(-128, 127),
+    ir.DataType.UINT8: IntegerRange(0, 255),
+}
+
+
+class RaiseQuantizePairs(ir.passes.InPlacePass):
+    """Carries the rules of this module out."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raising = _Raising(model)
+        for node in list(model.graph):
+            if is_operator(node, "DequantizeLinear"):
+                raising.find(node)
+        return ir.passes.PassResult(model, modified=raising.carry_out())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Scale and zero point of one Q or DQ, and the axis of a per-channel one."""
+
+    scale: _Array
+    zero_point: _Array
+    axis: int | None
+
+    def equals(self, other: _Grid) -> bool:
+        return (
+            self.axis == other.axis
+            and self.zero_point.dtype == other.zero_point.dtype
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+
+@dataclasses.dataclass
+class _Found:
+    """A pair (or a constant's DQ) that becomes a FakeQuantize of `x`."""
+
+    x: ir.Value
+    dequantize: ir.Node
+    grid: _Grid
+    range: IntegerRange
+    saturated: bool
+    on_grid: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What pairs share that share a quantizer, up to their ranges."""
+        return _key(self.dequantize)
+
+
+class _Raising:
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        self._names = FreeNames(model)
+        self._found: list[_Found] = []
+        self._biases: list[tuple[ir.Node, _Array]] = []
+        self._floats: dict[tuple[object, ...], ir.Value] = {}
+        self._parameters: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+        self._outputs: dict[tuple[object, ...], ir.Value] = {}
+
+    def find(self, node: ir.Node) -> None:
+        grid = _read_grid(node)
+        integers = node.inputs[0]
+        if grid is None or integers is None:
+            return
+        if integers.const_value is not None:
+            self._find_constant(node, integers.const_value.numpy(), grid)
+            return
+        producer, clip_range = integers.producer(), None
+        if producer is not None and is_operator(producer, "Clip"):
+            clip_range = _integer_bounds(producer)
+            integers = producer.inputs[0]
+            producer = None if integers is None or clip_range is None else integers.producer()
+        if producer is None or not is_operator(producer, "QuantizeLinear"):
+            return
+        quantize_grid = _read_grid(producer)
+        x = producer.inputs[0]
+        if quantize_grid is None or x is None or not quantize_grid.equals(grid):
+            return
+        if x.dtype not in (None, ir.DataType.FLOAT):
+            return
+        range_ = clip_range
+        if range_ is None:
+            x, range_ = _float_saturation(x, grid)
+        stored = _STORED_AS[ir.DataType.from_numpy(grid.zero_point.dtype)]
+        on_grid = range_ is None and _is_moved(x, _key(node))
+        self._found.append(_Found(x, node, grid, range_ or stored, range_ is not None, on_grid))
+
+    def _find_constant(self, node: ir.Node, integers: _Array, grid: _Grid) -> None:
+        values = dequantize(integers, grid.scale, grid.zero_point, grid.axis)
+        if integers.dtype == np.int32:
+            self._biases.append((node, values))
+            return
+        if integers.dtype not in (np.int8, np.uint8):
+            return
+        range_ = _STORED_AS[ir.DataType.from_numpy(integers.dtype)]
+        if integers.dtype == np.int8 and (integers.size == 0 or integers.min() > -128):
+            range_ = IntegerRange.for_weights(8)
+        x = self._float_initializer(node, values)
+        self._found.append(_Found(x, node, grid, range_, saturated=True))
+
+    def carry_out(self) -> bool:
+        narrow = {found.key: found.range for found in self._found if found.saturated}
+        for found in self._found:
+            if found.on_grid:
+                found.range = narrow.get(found.key, found.range)
+            self._replace(found)
+        for node, values in self._biases:
+            self._take_over(node, self._float_initializer(node, values))
+        return bool(self._found or self._biases)
+
+    def _replace(self, found: _Found) -> None:
+        # Each graph output needs a value of its own.
+        output = found.dequantize.outputs[0] if found.dequantize.outputs[0].is_graph_output() else None
+        key = (found.x, found.key, found.range, output)
+        if key not in self._outputs:
+            scale, zero_point = self._initializers(found)
+            node = fake_quantize.make(
+                found.x,
+                scale,
+                zero_point,
+                found.range,
+                axis=found.grid.axis,
+                on_grid=found.on_grid,
+                name=self._names.take(f"{found.x.name}_fake_quantize"),
+            )
+            self._outputs[key] = node.outputs[0]
+            node.outputs[0].name = self._names.take(node.outputs[0].name or "")
+            self._insert(node, found)
+        self._take_over(found.dequantize, self._outputs[key])
+
+    def _insert(self, node: ir.Node, found: _Found) -> None:
+        producer = found.x.producer()
+        if producer is None:
+            first = next(iter(self._graph)) if found.x.is_initializer() else found.dequantize
+            self._graph.insert_before(first, node)
+        else:
+            self._graph.insert_after(producer, node)
+
+    def _initializers(self, found: _Found) -> tuple[ir.Value, ir.Value]:
+        """Rule 4."""
+        key = (found.key, found.range)
+        if key not in self._parameters:
+            scale, zero_point = found.dequantize.inputs[1], _input(found.dequantize, 2)
+            stem = (scale.name or "").removesuffix("_scale") if scale is not None else ""
+            if not (
+                scale is not None
+                and zero_point is not None
+                and scale.name == f"{stem}_scale"
+                and zero_point.name == f"{stem}_zero_point"
+                and scale.shape == found.grid.scale.shape
+                and all(scale is not used for used, _ in self._parameters.values())
+            ):
+                stem = self._names.take_stem(found.x.name or "", ("_scale", "_zero_point"))
+                scale = self._initializer(f"{stem}_scale", found.grid.scale)
+                zero_point = self._initializer(f"{stem}_zero_point", found.grid.zero_point)
+            self._parameters[key] = scale, zero_point
+        return self._parameters[key]
+
+    def _float_initializer(self, node: ir.Node, values: _Array) -> ir.Value:
+        """Dequantized values; a constant that several DQ read alike is stored once."""
+        integers = node.inputs[0]
+        assert integers is not None
+        key = (integers, _key(node))
+        if key not in self._floats:
+            name = self._names.take(f"{integers.name}_float")
+            self._floats[key] = self._initializer(name, values.astype(np.float32))
+        return self._floats[key]
+
+    def _initializer(self, name: str, array: _Array) -> ir.Value:
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            const_value=ir.tensor(array, name=name),
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def _take_over(self, old: ir.Node, value: ir.Value) -> None:
+        output = old.outputs[0]
+        if output.is_graph_output():
+            name = output.name
+            output.replace_all_uses_with(value, replace_graph_outputs=True)
+            output.name = None
+            value.name = name
+        else:
+            output.replace_all_uses_with(value)
+        self._drop(old)
+
+    def _drop(self, node: ir.Node) -> None:
+        """Remove a node that nothing reads, and what only it read."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
+                continue
+            inputs = [value for value in node.inputs if value is not None]
+            self._graph.remove(node, safe=True)
+            for value in inputs:
+                if (producer := value.producer()) is not None:
+                    pending.append(producer)
+                elif value.is_initializer() and not value.uses() and not value.is_graph_output():
+                    self._graph.initializers.pop(value.name or "", None)
+
+
+def _key(dequantize: ir.Node) -> tuple[object, ...]:
+    axis = dequantize.attributes.get_int("axis", 1)
+    return dequantize.inputs[1], _input(dequantize, 2), axis
+
+
+def _is_moved(x: ir.Value, key: tuple[object, ...]) -> bool:
+    """Whether `x` is only a rearrangement of tensors that were quantized with the same scale."""
+    node = x.producer()
+    traits = None if node is None else traits_of(node)
+    if node is None or traits is None or traits.kind != "movement" or not traits.only_moves(node):
+        return False
+    makers = [value.producer() for value in movement_inputs(node, traits)]
+    return all(
+        maker is not None and is_operator(maker, "DequantizeLinear") and _key(maker) == key
+        for maker in makers
+    )
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _read_grid(node: ir.Node) -> _Grid | None:
+    """The constant grid of a Q or DQ, None where rule 5 leaves it."""
+    scale_value, zero_point_value = _input(node, 1), _input(node, 2)
+    if (
+        scale_value is None
+        or scale_value.const_value is None
+        or node.attributes.get_int("block_size", 0) != 0
+    ):
+        return None
+    scale = scale_value.const_value.numpy()
+    if scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
+        return None
+    if zero_point_value is None:
+        zero_point = np.zeros(scale.shape, _default_type(node))
+    elif zero_point_value.const_value is None:
+        return None
+    else:
+        zero_point = zero_point_value.const_value.numpy()
+    if zero_point.dtype not in (np.int8, np.uint8, np.int32):
+        return None
+    if scale.size == 1:
+        return _Grid(scale.reshape(()), zero_point.reshape(()), None)
+    x = node.inputs[0]
+    axis = node.attributes.get_int("axis", 1)
+    if x is None or x.shape is None or scale.ndim != 1 or zero_point.shape != scale.shape:
+        return None
+    return _Grid(scale, zero_point, axis % len(x.shape))
+
+
+def _default_type(node: ir.Node) -> np.dtype[Any]:
+    x = node.inputs[0]
+    if is_operator(node, "DequantizeLinear") and x is not None and x.dtype is not None:
+        return x.dtype.numpy()
+    return np.dtype(np.uint8)
+
+
+def _integer_bounds(clip: ir.Node) -> IntegerRange | None:
+    bounds = [constant_array(value) for value in clip.inputs[1:3]]
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
+        return None
+    return IntegerRange(int(bounds[0].reshape(())), int(bounds[1].reshape(())))
+
+
+def _float_saturation(x: ir.Value, grid: _Grid) -> tuple[ir.Value, IntegerRange | None]:
+    """What is quantized, before the saturation that belongs to the pair, and its integer range (rule 2)."""
+    node = x.producer()
+    if node is None or len(x.uses()) != 1 or x.is_graph_output():
+        return x, None
+    low: ir.Value | None
+    high: ir.Value | None
+    if is_operator(node, "Clip"):
+        source, low, high = node.inputs[0], _input(node, 1), _input(node, 2)
+    elif is_operator(node, "Min") and len(node.inputs) == 2 and node.inputs[0] is not None:
+        inner, high = node.inputs[0].producer(), node.inputs[1]
+        if inner is None or not is_operator(inner, "Max") or len(inner.inputs) != 2:
+            return x, None
+        if len(inner.outputs[0].uses()) != 1 or inner.outputs[0].is_graph_output():
+            return x, None
+        source, low = inner.inputs
+    else:
+        return x, None
+    qmin, qmax = _on_grid(low, grid), _on_grid(high, grid)
+    if source is None or qmin is None or qmax is None or qmin >= qmax:
+        return x, None
+    return source, IntegerRange(qmin, qmax)
+
+
+def _on_grid(bound: ir.Value | None, grid: _Grid) -> int | None:
+    """The integer that a float bound is, the same for all channels."""
+    array = constant_array(bound)
+    if array is None or array.size != grid.scale.size:
+        return None
+    steps = array.reshape(grid.scale.shape).astype(np.float64) / grid.scale + grid.zero_point
+    rounded = np.rint(steps)
+    info = np.iinfo(grid.zero_point.dtype)
+    if np.abs(steps - rounded).max() > 1e-4 or rounded.min() != rounded.max():
+        return None
+    return int(rounded.min()) if info.min <= rounded.min() <= info.max else None

@@ -1,0 +1,72 @@
+"""What the recipe says about one node: scope and overrides.
+
+Prefixes are matched at "/" boundaries: "encoder/layer1" matches "encoder/layer1" and "encoder/layer1/conv",
+not "encoder/layer10". Of the overrides that match a node the last one counts, alone, on top of the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TypeVar
+
+import onnx_ir as ir
+
+from rewriter.errors import ErrorCode, QatError
+from rewriter.recipe import Override, Recipe
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeSettings:
+    """The recipe as it applies to one node. `quantize` is False by an override only."""
+
+    quantize: bool
+    weight_bits: int
+    activation_bits: int
+    symmetric: bool
+    per_channel: bool
+
+
+def settings_for(node: ir.Node, recipe: Recipe) -> NodeSettings:
+    """The recipe with the last override that matches the node."""
+    override = next((o for o in reversed(recipe.overrides) if _overrides(o, node)), None)
+    if override is None:
+        override = Override(match=node.op_type)
+    return NodeSettings(
+        quantize=override.quantize,
+        weight_bits=_or_default(override.weight_bits, recipe.weight_bits),
+        activation_bits=_or_default(override.activation_bits, recipe.activation_bits),
+        symmetric=_or_default(override.symmetric, recipe.symmetric),
+        per_channel=_or_default(override.per_channel, recipe.per_channel),
+    )
+
+
+def in_scope(node: ir.Node, recipe: Recipe) -> bool:
+    return recipe.scope is None or has_prefix(node.name or "", recipe.scope)
+
+
+def has_prefix(name: str, prefix: str) -> bool:
+    """Whether `prefix` ends at the end of `name` or at one of its "/"."""
+    stem = prefix.removesuffix("/")
+    return name == stem or name.startswith(f"{stem}/")
+
+
+def require_scope_matches(nodes: Iterable[ir.Node], recipe: Recipe) -> None:
+    """Raise `recipe_scope_unmatched` when no node is in the scope."""
+    if recipe.scope is not None and not any(in_scope(node, recipe) for node in nodes):
+        raise QatError(
+            ErrorCode.RECIPE_SCOPE_UNMATCHED,
+            f"No node name starts with the scope {recipe.scope!r} (matched at '/' boundaries); "
+            "give a prefix of the model's node names.",
+            field="scope",
+        )
+
+
+def _overrides(override: Override, node: ir.Node) -> bool:
+    return override.match == node.op_type or has_prefix(node.name or "", override.match)
+
+
+def _or_default(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,112 @@
+"""From a float ONNX file to a bundle: the stages in order, and what the manifest says about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import pathlib
+
+import onnx_ir as ir
+import onnxruntime
+
+from rewriter import bundle as bundles
+from rewriter import manifest_sections as sections
+from rewriter.calibration import calibrate
+from rewriter.fold.batch_norm import FoldReport, fold_batch_norms
+from rewriter.insertion import insert
+from rewriter.load import load, save
+from rewriter.lowering import lower
+from rewriter.manifest import Manifest, Normalization
+from rewriter.normalize import normalize
+from rewriter.placement import place
+from rewriter.progress import Progress, silent
+from rewriter.quantization import Plan, QuantizerParameters
+from rewriter.recipe import Recipe
+from rewriter.training.artifacts import write_training_artifacts
+
+
+def prepare(
+    model: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    recipe: Recipe | None = None,
+    calibration: pathlib.Path | None = None,
+    replace: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write the bundle of a float model: it appears whole or not at all.
+
+    Args:
+        model: ONNX file; its external data must lie in its own folder.
+        output: bundle directory to make.
+        recipe: None for the defaults.
+        calibration: npz with one float array per graph input, samples along the first axis; None: ranges
+            come from the model alone, which the manifest states.
+        replace: whether an existing `output` is replaced; otherwise it is an error.
+        progress: called with (stage, share done).
+
+    Raises:
+        QatError: the model, the recipe or the samples cannot be processed; see `ErrorCode`.
+    """
+    recipe = recipe or Recipe()
+    recipe.require_supported()
+    with bundles.new_directory(output, replace=replace) as folder:
+        progress("load", 0.0)
+        graph = load(model)
+        progress("load", 1.0)
+
+        progress("normalize", 0.0)
+        normalization = normalize(graph)
+        folding = fold_batch_norms(graph) if recipe.batch_norm == "fold_inference" else FoldReport()
+        progress("normalize", 1.0)
+
+        plan = place(graph, recipe)
+        parameters = calibrate(graph, plan, recipe, calibration, progress=progress)
+        parameters |= _existing_parameters(graph.graph, plan)
+        insert(graph, plan, parameters)
+
+        progress("write", 0.0)
+        training = write_training_artifacts(graph, recipe, folder)
+        lower(graph, saturation="before")
+        save(graph, folder / bundles.QAT_MODEL)
+        progress("write", 0.5)
+        written = sorted(path for path in folder.iterdir() if path.is_file())
+        manifest = Manifest(
+            recipe=recipe,
+            source=bundles.describe_source(model),
+            calibration=None if calibration is None else bundles.describe_source(calibration),
+            versions=_versions(),
+            normalization=Normalization.model_validate(dataclasses.asdict(normalization)),
+            quantizers=sections.quantizers(plan, parameters, training),
+            quantized_nodes=plan.quantized_nodes,
+            folded=sections.folded(folding),
+            skipped=sections.skipped(plan, folding),
+            frozen=sections.frozen(training),
+            training=sections.training(training),
+            warnings=sections.warnings(normalization, plan, parameters, training),
+            files=tuple(bundles.describe_file(path) for path in written),
+        )
+        (folder / bundles.MANIFEST).write_bytes(manifest.to_json())
+        progress("write", 1.0)
+    return manifest
+
+
+def _existing_parameters(graph: ir.Graph, plan: Plan) -> dict[str, QuantizerParameters]:
+    """The scales that the model came with."""
+    found = {}
+    for quantizer in plan.quantizers:
+        if quantizer.existing:
+            scale = graph.initializers[quantizer.scale_name].const_value
+            zero_point = graph.initializers[quantizer.zero_point_name].const_value
+            assert scale is not None
+            assert zero_point is not None
+            found[quantizer.name] = QuantizerParameters(scale.numpy(), zero_point.numpy(), "existing")
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """What the bundle's bytes depend on."""
+    packages = ("onnx-qat", "onnx", "onnx-ir", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages} | {
+        "onnxruntime-training": onnxruntime.__version__
+    }

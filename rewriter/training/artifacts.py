@@ -1,0 +1,269 @@
+"""Writes what stock onnxruntime-training trains: training, eval and optimizer model, and the checkpoint.
+
+The layout is that of `onnxruntime.training.artifacts.generate_artifacts`:
+
+    inputs    the model's own, the target, then per parameter its value (trainable and frozen, in the same
+              order in both models, because the eval model is fed by position); training model only:
+              `P_grad.accumulation.buffer` per trainable parameter P, `lazy_reset_grad`
+    outputs   the loss; training model: `P_grad.accumulation.out` per P; eval model: the model's own outputs
+
+The weights are written once, to the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from rewriter import bundle as bundles
+from rewriter.errors import ErrorCode, QatError
+from rewriter.fake_quantize import is_fake_quantize
+from rewriter.gradients import differentiate, trainability
+from rewriter.lowering import lower
+from rewriter.names import FreeNames
+from rewriter.recipe import Recipe
+from rewriter.training.checkpoint import write_checkpoint
+from rewriter.training.losses import Attachment, Dim, LossKind, attach_loss
+from rewriter.training.optimizer import OptimizerName, optimizer_model
+from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
+from rewriter.training.scales import ScaleParameter, TrainedScale, parameterize
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetInput:
+    """The graph input that the loss adds: labels (int64) or targets (float32)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingReport:
+    """What a training loop has to feed, what it gets, and what it changes.
+
+    Attributes:
+        loss: name of the loss, the first output of the training and of the eval model.
+        loss_kind: the built-in loss; "graph" when the model computes its own.
+        output: the model output that the loss belongs to.
+        attached_to: the tensor that the loss reads: that output, or the scores before its softmax.
+        target: None for "graph".
+        inputs: everything a step is fed, in order, the target last.
+        eval_outputs: outputs of the eval model after the loss: the model's own.
+        trainable: parameters in the checkpoint that training changes, in the models' order; the parameters
+            of scales among them.
+        frozen: float parameters and scales that training does not change, and why.
+        scales: initializer of each trained scale -> how it is trained.
+        warnings: sentences for a person.
+    """
+
+    loss: str
+    loss_kind: LossKind
+    output: str
+    attached_to: str
+    target: TargetInput | None
+    inputs: tuple[str, ...]
+    eval_outputs: tuple[str, ...]
+    optimizer: OptimizerName
+    trainable: tuple[str, ...]
+    frozen: dict[str, str]
+    scales: dict[str, ScaleParameter]
+    warnings: tuple[str, ...]
+
+
+def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Path) -> TrainingReport:
+    """Write training_model.onnx, eval_model.onnx, optimizer_model.onnx and checkpoint into `folder`.
+
+    Args:
+        model: the QAT model: FakeQuantize nodes, weights and scales as initializers, opset 18, nodes in
+            topological order. It is not changed, and its weights are not copied.
+        recipe: loss, optimizer, ranges and frozen are read here.
+        folder: an existing directory.
+
+    Raises:
+        QatError: `loss_invalid`, `nothing_to_train`, `gradient_unsupported`, `recipe_scope_unmatched`,
+            `model_invalid` for input names that onnxruntime-training reserves, `training_runtime_missing`.
+    """
+    training = model.clone()
+    graph = training.graph
+    _require_free_names(graph)
+    _remove_on_grid(graph)
+    own_outputs = list(graph.outputs)
+    attachment = attach_loss(training, recipe.loss)
+    loss = attachment.loss
+    graph.outputs[:] = [loss, *(output for output in own_outputs if output is not loss)]
+    weights, scales, frozen = _trained_values(graph, recipe, loss)
+    trained_scales = parameterize(graph, scales)
+    trained = {*weights, *(scale.parameter for scale in trained_scales)}
+    parameters = _in_checkpoint(graph, trained, trained_scales)
+    trainable = [value for value in parameters if value in trained]
+    report = TrainingReport(
+        loss=loss.name or "",
+        loss_kind=attachment.kind,
+        output=attachment.output,
+        attached_to=attachment.attached_to,
+        target=_target(attachment),
+        inputs=_names(graph.inputs),
+        eval_outputs=_names(graph.outputs[1:]),
+        optimizer=recipe.optimizer,
+        trainable=_names(trainable),
+        frozen=frozen,
+        scales={s.scale.name or "": ScaleParameter(s.parameter.name or "") for s in trained_scales},
+        warnings=attachment.warnings,
+    )
+
+    _write_eval_model(training, _names(parameters), folder / bundles.EVAL_MODEL)
+    write_checkpoint(
+        trainable, [value for value in parameters if value not in trained], folder / bundles.CHECKPOINT
+    )
+    _add_gradients(training, loss, trainable, _names(parameters))
+    _write(training, folder / bundles.TRAINING_MODEL)
+    optimizer = optimizer_model(
+        recipe.optimizer, opset=graph.opset_imports[""], ir_version=min(model.ir_version, _NEWEST_IR)
+    )
+    (folder / bundles.OPTIMIZER_MODEL).write_bytes(optimizer.SerializeToString(deterministic=True))
+    return report
+
+
+def _require_free_names(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        name = value.name or ""
+        if name == _RESET or name.endswith(_RESERVED_ENDINGS):
+            raise QatError(
+                ErrorCode.MODEL_INVALID,
+                f"onnxruntime-training takes an input called {name!r} for a gradient: rename it.",
+                field=name,
+            )
+
+
+def _remove_on_grid(graph: ir.Graph) -> None:
+    """Drop the quantizers that change nothing: the values are on their grid already."""
+    for node in list(graph):
+        if is_fake_quantize(node) and node.attributes["on_grid"].as_int():
+            x, y = node.inputs[0], node.outputs[0]
+            assert x is not None
+            if y.is_graph_output():
+                continue  # the name of an output is the model's
+            y.replace_all_uses_with(x)
+            graph.remove(node, safe=True)
+
+
+def _trained_values(
+    graph: ir.Graph, recipe: Recipe, loss: ir.Value
+) -> tuple[list[ir.Value], list[ir.Value], dict[str, str]]:
+    """The weights and the scales to train, and every other float parameter with the reason."""
+    choice = choose_parameters(graph, recipe.frozen)
+    frozen = dict(choice.frozen)
+    scales = []
+    for scale in quantizer_scales(graph) if recipe.ranges == "learned" else ():
+        prefix = next((p for p in recipe.frozen if matches(scale.name or "", p)), None)
+        if prefix is None:
+            scales.append(scale)
+        else:
+            frozen[scale.name or ""] = f"frozen by the recipe ({prefix!r})"
+    verdict = trainability(graph, loss, [*choice.candidates, *scales])
+    frozen.update(verdict.frozen)
+    names = set(verdict.trainable)
+    weights = [value for value in choice.candidates if value.name in names]
+    return weights, [scale for scale in scales if scale.name in names], frozen
+
+
+def _in_checkpoint(
+    graph: ir.Graph, trained: Collection[ir.Value], trained_scales: Sequence[TrainedScale]
+) -> list[ir.Value]:
+    """The initializers that move to the checkpoint, in graph order: what is trained, and of the rest what is
+    too large to be in both models. Scales that are not trained stay constants of their Q/DQ pairs."""
+    constants = {*quantizer_scales(graph), *(scale.initial for scale in trained_scales)}
+    return [
+        value
+        for value in graph.initializers.values()
+        if value in trained
+        or (
+            value.dtype == ir.DataType.FLOAT
+            and value.const_value is not None
+            and value.const_value.size >= _LARGE
+            and value not in constants
+        )
+    ]
+
+
+def _write_eval_model(training: ir.Model, parameters: Sequence[str], path: pathlib.Path) -> None:
+    evaluation = training.clone()
+    _move_to_inputs(evaluation.graph, parameters)
+    _write(evaluation, path)
+
+
+def _add_gradients(
+    training: ir.Model, loss: ir.Value, trainable: Sequence[ir.Value], parameters: Sequence[str]
+) -> None:
+    """Turn the forward model into the training model: gradients, their accumulation, parameters as inputs."""
+    graph = training.graph
+    gradients = differentiate(graph, loss, trainable)
+    _move_to_inputs(graph, parameters)
+    graph.outputs[:] = [loss, *(gradients[value] for value in trainable)]
+    RemoveUnusedNodesPass()(training)
+
+    names = FreeNames(training)
+    reset = ir.Value(name=_RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    graph.outputs[:] = [loss]
+    for value in trainable:
+        gradient = gradients[value]
+        gradient.name = names.take(f"{value.name}_grad")
+        buffer = ir.Value(
+            name=f"{value.name}_grad.accumulation.buffer",
+            shape=value.shape,
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        done = ir.Value(
+            name=f"{value.name}_grad.accumulation.out",
+            shape=ir.Shape([1]),
+            type=ir.TensorType(ir.DataType.BOOL),
+        )
+        graph.inputs.append(buffer)
+        graph.outputs.append(done)
+        graph.append(
+            ir.node(
+                "InPlaceAccumulatorV2",
+                [buffer, gradient, reset],
+                domain="com.microsoft",
+                outputs=[done],
+                name=names.take(f"{value.name}_grad.accumulation"),
+            )
+        )
+    graph.inputs.append(reset)
+
+
+def _move_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    for name in names:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+
+
+def _write(model: ir.Model, path: pathlib.Path) -> None:
+    lower(model, saturation="before")
+    model.graph.opset_imports.setdefault("com.microsoft", 1)
+    model.ir_version = min(model.ir_version, _NEWEST_IR)
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _target(attachment: Attachment) -> TargetInput | None:
+    target = attachment.target
+    if target is None or target.dtype is None:
+        return None
+    return TargetInput(target.name or "", target.dtype.numpy().name, attachment.target_shape)
+
+
+def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in values)
+
+
+_RESET: Final = "lazy_reset_grad"
+_RESERVED_ENDINGS: Final = ("_grad", "_grad.accumulation.buffer", "_grad.accumulation.out")
+_NEWEST_IR: Final = 10
+_LARGE: Final = 1024  # elements; below that a frozen tensor is kept in both models

@@ -1,0 +1,158 @@
+"""Decides which initializers are parameters that training may change.
+
+A float32 initializer is a candidate when an operator reads it where weights belong (`_ROLES`), directly or
+through a FakeQuantize. Everything else is a constant of the computation: epsilons, factors, clip bounds,
+running statistics, masks. Constants of one element are scalars of a formula, never parameters.
+Whether a candidate can be trained is the gradients' question (`rewriter.gradients.trainability`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter import fake_quantize
+from rewriter.errors import ErrorCode, QatError
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterChoice:
+    """What may be trained, and what may not and why, by initializer name; both in initializer order."""
+
+    candidates: tuple[ir.Value, ...]
+    frozen: dict[str, str]
+
+
+def choose_parameters(graph: ir.Graph, frozen_prefixes: Sequence[str]) -> ParameterChoice:
+    """Candidates for training among the initializers of `graph`; scales of quantizers are not among them.
+
+    Args:
+        frozen_prefixes: names of parameters, or prefixes that end at a "/" or "." of the name, that are
+            not to be trained.
+
+    Raises:
+        QatError: `recipe_scope_unmatched` for a prefix that no float initializer has.
+    """
+    scales = {scale.name for scale in quantizer_scales(graph)}
+    floats = [v for v in graph.initializers.values() if v.dtype in _FLOATS and v.name not in scales]
+    _require_matches(frozen_prefixes, [v.name or "" for v in floats] + [name or "" for name in scales])
+    candidates, frozen = [], {}
+    for value in floats:
+        reason = _reason_not_to_train(value, graph, frozen_prefixes)
+        if reason is None:
+            candidates.append(value)
+        elif _elements(value) > 1:  # the scalars of a formula are no news
+            frozen[value.name or ""] = reason
+    return ParameterChoice(tuple(candidates), frozen)
+
+
+def quantizer_scales(graph: ir.Graph) -> list[ir.Value]:
+    """The scales of the FakeQuantize nodes, each once, in graph order."""
+    scales = (fake_quantize.read(n).scale for n in graph if fake_quantize.is_fake_quantize(n))
+    return list(dict.fromkeys(scales))
+
+
+def matches(name: str, prefix: str) -> bool:
+    """Whether `prefix` is `name` or a part of it that ends at a "/" or "."."""
+    return name == prefix or (
+        name.startswith(prefix) and (prefix[-1] in _BOUNDARIES or name[len(prefix)] in _BOUNDARIES)
+    )
+
+
+_BOUNDARIES: Final = "/."
+_FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+_Condition = Callable[[ir.Value], bool]
+
+
+def _elements(value: ir.Value) -> int:
+    return value.const_value.size if value.const_value is not None else 0
+
+
+def _is_table(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 2
+
+
+def _is_affine(value: ir.Value) -> bool:
+    """A bias, a gain or a table of embeddings, not an additive mask of infinite or huge values."""
+    assert value.const_value is not None
+    assert value.shape is not None
+    if sum(dim != 1 for dim in value.shape) < 2:
+        return True
+    return bool(np.abs(value.const_value.numpy()).max() < _MASK)
+
+
+_MASK: Final = 1e4  # masks hold -10000, -1e9, the lowest float or -inf
+
+
+# Operator -> inputs that hold parameters, and what they must look like beyond that.
+_ROLES: Final[Mapping[str, Mapping[int, _Condition | None]]] = {
+    "Conv": {1: None, 2: None},
+    "ConvTranspose": {1: None, 2: None},
+    "Gemm": {0: None, 1: None, 2: None},
+    "MatMul": {0: None, 1: None},
+    "BatchNormalization": {1: None, 2: None},  # 3 and 4 are running statistics
+    "InstanceNormalization": {1: None, 2: None},
+    "GroupNormalization": {1: None, 2: None},
+    "LayerNormalization": {1: None, 2: None},
+    "PRelu": {1: None},
+    "LSTM": {1: None, 2: None, 3: None},
+    "GRU": {1: None, 2: None, 3: None},
+    "RNN": {1: None, 2: None, 3: None},
+    "Gather": {0: _is_table},
+    "Add": {0: _is_affine, 1: _is_affine},
+    "Mul": {0: _is_affine, 1: _is_affine},
+}
+
+
+def _reason_not_to_train(value: ir.Value, graph: ir.Graph, frozen_prefixes: Sequence[str]) -> str | None:
+    name = value.name or ""
+    prefix = next((p for p in frozen_prefixes if matches(name, p)), None)
+    if prefix is not None:
+        return f"frozen by the recipe ({prefix!r})"
+    uses = list(_readers(value))
+    if not any(_is_parameter(value, node, index) for node, index in uses):
+        if not uses:
+            return "no operator reads it"
+        node, index = uses[0]
+        return f"a constant, not a weight: input {index} of {node.op_type} {node.name!r}"
+    if value.dtype != ir.DataType.FLOAT:
+        return f"{value.dtype} is not trained, only float32 is"
+    if value.is_graph_output():
+        return "it is also an output of the model"
+    if any(node.graph is not graph for node, _ in uses):
+        return "it is read inside a subgraph of a control-flow operator"
+    return None
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that read the value, and at which input, seen through FakeQuantize."""
+    for use in value.uses():
+        if fake_quantize.is_fake_quantize(use.node):
+            yield from ((quantized.node, quantized.idx) for quantized in use.node.outputs[0].uses())
+        else:
+            yield use.node, use.idx
+
+
+def _is_parameter(value: ir.Value, node: ir.Node, index: int) -> bool:
+    if node.domain != "" or index not in (roles := _ROLES.get(node.op_type, {})):
+        return False
+    if _elements(value) <= 1 and node.op_type in ("Add", "Mul"):
+        return False
+    condition = roles[index]
+    return condition is None or condition(value)
+
+
+def _require_matches(prefixes: Sequence[str], names: Sequence[str]) -> None:
+    for index, prefix in enumerate(prefixes):
+        if not prefix or not any(matches(name, prefix) for name in names):
+            known = ", ".join(repr(name) for name in names[:3])
+            raise QatError(
+                ErrorCode.RECIPE_SCOPE_UNMATCHED,
+                f"No parameter is called {prefix!r} or begins with it at a '/' or '.'; there are {known}, ...",
+                field=f"frozen.{index}",
+            )

@@ -1,0 +1,112 @@
+"""Runs bundles with `onnxruntime.training.api`; the only module that imports `onnxruntime.training`.
+
+That package imports PyTorch in its `__init__`, for parts of it that are not used here. Its `api` does not
+need PyTorch: it is imported below a stand-in for the package, which is taken away afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import sys
+import types
+from typing import Any, Literal
+
+from rewriter import bundle as bundles
+from rewriter.errors import ErrorCode, QatError
+from rewriter.training.checkpoint import native_module
+
+Device = Literal["cpu", "cuda"]
+_PACKAGE = "onnxruntime.training"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSession:
+    """A bundle loaded for training: the objects of `onnxruntime.training.api`."""
+
+    module: Any
+    optimizer: Any
+    state: Any
+
+    def save(self, path: pathlib.Path, *, optimizer_state: bool = False) -> None:
+        """Write the checkpoint: the parameters, and the moments of the optimizer if asked for.
+
+        Raises:
+            QatError: `output_unwritable`.
+        """
+        with bundles.new_file(path) as temporary:
+            api().CheckpointState.save_checkpoint(self.state, temporary, optimizer_state)
+
+
+@functools.cache
+def api() -> types.ModuleType:
+    """`onnxruntime.training.api`.
+
+    Raises:
+        QatError: `training_runtime_missing`.
+    """
+    native_module()
+    import onnxruntime
+
+    if _PACKAGE in sys.modules:
+        return importlib.import_module(f"{_PACKAGE}.api")
+    stand_in = types.ModuleType(_PACKAGE)
+    stand_in.__path__ = [str(pathlib.Path(onnxruntime.__file__).parent / "training")]
+    sys.modules[_PACKAGE] = stand_in
+    try:
+        return importlib.import_module(f"{_PACKAGE}.api")
+    finally:
+        del sys.modules[_PACKAGE]
+
+
+def open_session(
+    bundle: pathlib.Path, checkpoint: pathlib.Path | None = None, *, device: Device = "cpu"
+) -> TrainingSession:
+    """Load a bundle directory for training.
+
+    Args:
+        checkpoint: where to start from; None: the checkpoint that the bundle was prepared with.
+
+    Raises:
+        QatError: `training_runtime_missing`, also when the installed build has no CUDA;
+            `checkpoint_invalid`; `run_failed` when onnxruntime refuses a model of the bundle.
+    """
+    import onnxruntime
+
+    training_api = api()
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise QatError(
+            ErrorCode.TRAINING_RUNTIME_MISSING,
+            "The installed onnxruntime-training has no CUDA: install this package with its extra [cuda] in "
+            "place of [cpu], or train on the CPU.",
+            field="device",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    # Evaluate the same arithmetic that is trained: no fusion of Q/DQ pairs into integer operators.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    path = checkpoint or bundle / bundles.CHECKPOINT
+    try:
+        state = training_api.CheckpointState.load_checkpoint(path)
+    except RuntimeError as error:
+        raise QatError(
+            ErrorCode.CHECKPOINT_INVALID,
+            f"onnxruntime-training cannot load the checkpoint: {_first_line(error)}",
+            file=path.name,
+        ) from error
+    try:
+        module = training_api.Module(
+            bundle / bundles.TRAINING_MODEL, state, bundle / bundles.EVAL_MODEL, device, options
+        )
+        optimizer = training_api.Optimizer(bundle / bundles.OPTIMIZER_MODEL, module)
+    except RuntimeError as error:
+        raise QatError(
+            ErrorCode.RUN_FAILED, f"onnxruntime-training cannot load the bundle: {_first_line(error)}"
+        ) from error
+    return TrainingSession(module, optimizer, state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

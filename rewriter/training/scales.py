@@ -1,0 +1,101 @@
+"""How scales are trained: s = s0 * exp(p), with p trainable and 0 at first.
+
+s cannot reach 0, a step of Adam changes every scale by the same few parts in a thousand, dL/dp = s * dL/ds
+does not depend on the unit of the tensor, and weight decay pulls towards the calibrated scale.
+
+Measured on an MLP on MNIST-5k at 8, 4 and 2 bits, SGD at 0.01..0.1 and AdamW at 1e-3, 1e-4, 600 steps, up to
+6 seeds: all forms end within the noise of each other under AdamW, where a linear s crosses 0 (4 bits, 2 of 6
+runs; with near-empty channels always); under SGD, s0 * exp(p) ends at a training loss of 0.157 at 2 bits
+where linear is at 0.168, p preconditioned by 1 / s0^2 at 0.167 (and at NaN with near-empty channels), and
+fixed scales at 0.184. Without LSQ's factor 1 / sqrt(N qmax), which is made for a linear s, it is 0.133.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleParameter:
+    """How one scale is trained: "exp" is scale = initial scale * exp(parameter)."""
+
+    parameter: str
+    kind: Literal["exp"] = "exp"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedScale:
+    """The values around one trained scale in a graph.
+
+    Attributes:
+        scale: what the quantizers read; named like the initializer it replaces.
+        initial: initializer with the calibrated scale, `{scale}.initial`.
+        parameter: initializer p, zeros, `{scale}.log_multiplier`; float32, shape of the scale.
+    """
+
+    scale: ir.Value
+    initial: ir.Value
+    parameter: ir.Value
+
+
+def trained_scales(
+    parameters: Mapping[str, FloatArray], initial: Mapping[str, FloatArray], parameter_of: Mapping[str, str]
+) -> dict[str, FloatArray]:
+    """The scales that a checkpoint stands for, by scale name; float32, shape of the initial scale.
+
+    Args:
+        parameters: the checkpoint's parameters by name.
+        initial: calibrated scales by scale name.
+        parameter_of: scale name -> name of its parameter, for every trained scale.
+    """
+    return {
+        scale: (initial[scale] * np.exp(parameters[parameter].astype(np.float32))).astype(np.float32)
+        for scale, parameter in parameter_of.items()
+    }
+
+
+def parameterize(graph: ir.Graph, scales: Sequence[ir.Value]) -> list[TrainedScale]:
+    """Replace each initializer in `scales` by s0 * exp(p), computed at the head of the graph."""
+    first = next(iter(graph))
+    return [_parameterize(graph, scale, first) for scale in scales]
+
+
+_INITIAL: Final = ".initial"
+_PARAMETER: Final = ".log_multiplier"
+
+
+def _parameterize(graph: ir.Graph, scale: ir.Value, first: ir.Node) -> TrainedScale:
+    name, tensor = scale.name, scale.const_value
+    assert name is not None
+    assert tensor is not None
+    del graph.initializers[name]
+    scale.const_value = None
+    initial = _initializer(graph, name + _INITIAL, tensor)
+    zeros = ir.tensor(np.zeros(tensor.shape.numpy(), np.float32), name=name + _PARAMETER)
+    parameter = _initializer(graph, name + _PARAMETER, zeros)
+    exponential = ir.node("Exp", [parameter], name=f"{name}{_PARAMETER}/Exp")
+    product = ir.node("Mul", [initial, exponential.outputs[0]], name=f"{name}/Mul")
+    multiplier, trained = exponential.outputs[0], product.outputs[0]
+    for value in (multiplier, trained):
+        value.shape, value.type = initial.shape, initial.type
+    multiplier.name = f"{name}.multiplier"
+    scale.replace_all_uses_with(trained)
+    scale.name, trained.name = None, name
+    graph.insert_before(first, [exponential, product])
+    return TrainedScale(trained, initial, parameter)
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,120 @@
+"""The process of one job: limits itself, does the work, reports. What it parses and runs is hostile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from rewriter import Progress, QatError, finalize, prepare, write_zip
+from service.errors import Cause, ServiceErrorCode
+from service.worker.limits import apply_limits, die_with
+from service.worker.order import (
+    BUNDLE_FILE,
+    ORDER_FILE,
+    RESULT_DIRECTORY,
+    FinalizeWork,
+    Order,
+    OutcomeReport,
+    PrepareWork,
+    ProgressReport,
+)
+
+INT8_MODEL_FILE: Final = "model.int8.onnx"
+FINALIZE_REPORT_FILE: Final = "finalize.json"
+_PROGRESS_SECONDS: Final = 0.1
+
+
+def run_prepare(work: PrepareWork, result: Path, progress: Progress) -> None:
+    """Write the bundle as files and as a zip."""
+    files = result / "files"
+    prepare(work.model, files, recipe=work.recipe, calibration=work.calibration, progress=progress)
+    write_zip(files, result / BUNDLE_FILE)
+
+
+def run_finalize(work: FinalizeWork, result: Path, progress: Progress) -> None:
+    """Write the int8 model and the report on it."""
+    files = result / "files"
+    files.mkdir()
+    report = finalize(
+        work.bundle,
+        files / INT8_MODEL_FILE,
+        checkpoint=work.checkpoint,
+        verify=work.verify,
+        progress=progress,
+    )
+    (files / FINALIZE_REPORT_FILE).write_text(report.model_dump_json(indent=2))
+
+
+WORK: Final[dict[str, Callable[..., None]]] = {
+    "prepare": run_prepare,
+    "finalize": run_finalize,
+}
+
+
+def main(scratch: Path) -> int:
+    """Carry out the order in a scratch directory; the exit status says whether an outcome was reported."""
+    order = Order.model_validate_json((scratch / ORDER_FILE).read_bytes())
+    die_with(order.supervisor_pid)
+    apply_limits(order.limits, scratch)
+    reporter = _Reporter(order.report_descriptor)
+    reporter.finish(_attempt(order, scratch / RESULT_DIRECTORY, reporter.progress))
+    return 0
+
+
+def _attempt(order: Order, result: Path, progress: Progress) -> Cause | None:
+    """Do the work; the failure, if any."""
+    try:
+        result.mkdir()
+        WORK[order.work.kind](order.work, result, progress)
+    except QatError as error:
+        return Cause.of(error)
+    except Exception as error:
+        traceback.print_exc()
+        return _cause_of(error)
+    return None
+
+
+def _cause_of(error: Exception) -> Cause:
+    if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+        return Cause(code=ServiceErrorCode.WORKER_OUT_OF_MEMORY, detail=OUT_OF_MEMORY)
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return Cause(
+            code=ServiceErrorCode.WORKER_OUTPUT_TOO_LARGE,
+            detail="The job wrote a file larger than the service allows.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Cause(code=ServiceErrorCode.STORAGE_FULL, detail="The service is out of disk space.")
+    return Cause(code=ServiceErrorCode.INTERNAL_ERROR, detail="The job failed; the service's log says why.")
+
+
+OUT_OF_MEMORY: Final = "The job needs more memory than the service allows it."
+
+
+class _Reporter:
+    """Writes reports for the supervisor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._stage: str | None = None
+        self._reported_at = 0.0
+
+    def progress(self, stage: str, fraction: float) -> None:
+        """Report progress, not more often than a person could see it."""
+        now = time.monotonic()
+        if stage == self._stage and now - self._reported_at < _PROGRESS_SECONDS:
+            return
+        self._stage, self._reported_at = stage, now
+        self._write(ProgressReport(stage=stage[:100], fraction=min(max(fraction, 0.0), 1.0)))
+
+    def finish(self, failure: Cause | None) -> None:
+        self._write(OutcomeReport(failure=failure))
+
+    def _write(self, report: ProgressReport | OutcomeReport) -> None:
+        line = report.model_dump_json().encode() + b"\n"
+        while line:
+            line = line[os.write(self._descriptor, line) :]

@@ -1,0 +1,80 @@
+"""The recipe: defaults are the contract's, and everything else is refused by name."""
+
+import pytest
+
+from rewriter.errors import ErrorCode, QatError
+from rewriter.recipe import Recipe
+
+
+def test_an_empty_recipe_has_the_documented_defaults():
+    recipe = Recipe.parse({})
+    assert (recipe.weight_bits, recipe.activation_bits) == (8, 8)
+    assert not recipe.symmetric
+    assert recipe.per_channel
+    assert recipe.ranges == "learned"
+    assert recipe.target == "onnxruntime"
+    assert recipe.calibration.method == "mse"
+    assert recipe.loss == "cross_entropy"
+    assert recipe.optimizer == "adamw"
+
+
+def test_json_text_and_mapping_give_the_same_recipe():
+    fields = {"weight_bits": 4, "overrides": [{"match": "Conv", "quantize": False}], "frozen": ["embeddings"]}
+    as_text = (
+        '{"weight_bits": 4, "overrides": [{"match": "Conv", "quantize": false}], "frozen": ["embeddings"]}'
+    )
+    assert Recipe.parse(fields) == Recipe.parse(as_text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"weight_bitz": 8}, "weight_bitz"),
+        ({"weight_bits": "8"}, "weight_bits"),
+        ({"weight_bits": True}, "weight_bits"),
+        ({"weight_bits": 1}, "weight_bits"),
+        ({"weight_bits": 9}, "weight_bits"),
+        ({"weight_bits": 4.5}, "weight_bits"),
+        ({"activation_bits": 17}, "activation_bits"),
+        ({"symmetric": 1}, "symmetric"),
+        ({"ranges": "trained"}, "ranges"),
+        ({"quant_delay": -1}, "quant_delay"),
+        ({"quant_delay": 10, "freeze_bn_delay": 5}, "freeze_bn_delay"),
+        ({"overrides": [{"match": "Conv", "bits": 4}]}, "overrides.0.bits"),
+        ({"overrides": [{"match": ""}]}, "overrides.0.match"),
+        ({"calibration": {"method": "entropy"}}, "calibration.method"),
+        ({"loss": {"name": "loss"}}, None),
+    ],
+)
+def test_a_wrong_field_is_named(fields, field):
+    with pytest.raises(QatError) as caught:
+        Recipe.parse(fields)
+    assert caught.value.code == ErrorCode.RECIPE_INVALID
+    if field is not None:
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"weight_bits": NaN}'])
+def test_text_that_is_not_a_json_object_is_refused(text):
+    with pytest.raises(QatError) as caught:
+        Recipe.parse(text)
+    assert caught.value.code == ErrorCode.RECIPE_INVALID
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"quant_delay": 100}, "quant_delay"),
+        ({"freeze_bn_delay": 100}, "freeze_bn_delay"),
+        ({"ranges": "moving_average"}, "ranges"),
+        ({"target": "tf_contrib"}, "target"),
+        ({"batch_norm": "fold_training"}, "batch_norm"),
+        ({"activation_bits": 16}, "activation_bits"),
+        ({"overrides": [{"match": "Add", "activation_bits": 16}]}, "overrides.0.activation_bits"),
+    ],
+)
+def test_what_this_version_cannot_do_is_said_and_not_ignored(fields, field):
+    with pytest.raises(QatError) as caught:
+        Recipe.parse(fields)
+    assert caught.value.code == ErrorCode.RECIPE_UNSUPPORTED
+    assert caught.value.field == field

@@ -1,0 +1,132 @@
+"""Stands in for `service.worker`: the uploaded "model" is JSON that says what happens to the job's process.
+
+{"do": "succeed", "files": {"a.bin": "text"}}     and so on, see `_ACTS`
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rewriter import ErrorCode, Progress, QatError, write_zip
+from service.worker import child
+from service.worker.order import FinalizeWork, PrepareWork
+
+Script = dict[str, Any]
+
+
+def prepare(work: PrepareWork, result: Path, progress: Progress) -> None:
+    script = json.loads(work.model.read_text())
+    # The stage tells the test which process to look for.
+    progress(f"pid {os.getpid()}", 0.5)
+    time.sleep(script.get("seconds", 0))
+    files = result / "files"
+    files.mkdir()
+    _ACTS[script.get("do", "succeed")](script, files)
+    for name, text in script.get("files", {"manifest.json": "{}"}).items():
+        (files / name).write_text(text)
+    (files / "seen.json").write_text(
+        json.dumps(
+            {
+                "recipe": work.recipe.model_dump(mode="json"),
+                "calibration": work.calibration and work.calibration.read_text(),
+                "beside_model": sorted(path.name for path in work.model.parent.iterdir()),
+                "environment": sorted(os.environ),
+                "directory": os.getcwd(),
+            }
+        )
+    )
+    write_zip(files, result / "bundle.zip")
+
+
+def finalize(work: FinalizeWork, result: Path, progress: Progress) -> None:
+    progress("fold", 0.5)
+    files = result / "files"
+    files.mkdir()
+    (files / "model.int8.onnx").write_text(
+        json.dumps(
+            [
+                sorted(path.name for path in work.bundle.iterdir()),
+                work.checkpoint and work.checkpoint.read_text(),
+                work.verify and work.verify.read_text(),
+            ]
+        )
+    )
+
+
+def _fail(script: Script, files: Path) -> None:
+    raise QatError(ErrorCode.MODEL_DOMAIN_UNKNOWN, "Unknown domain.", node="n1")
+
+
+def _raise(script: Script, files: Path) -> None:
+    raise RuntimeError("secret detail")
+
+
+def _allocate(script: Script, files: Path) -> None:
+    bytearray(script["bytes"])
+
+
+def _burn(script: Script, files: Path) -> None:
+    while True:
+        pass
+
+
+def _write_large(script: Script, files: Path) -> None:
+    with (files / "large").open("wb") as file:
+        file.truncate(script["bytes"])
+
+
+def _write_outside(script: Script, files: Path) -> None:
+    Path(script["path"]).write_text("outside")
+
+
+def _link(script: Script, files: Path) -> None:
+    (files / "link").symlink_to(script["path"])
+
+
+def _spawn(script: Script, files: Path) -> None:
+    """Leave a process behind in the group and say which."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (files / "pid").write_text(str(process.pid))
+
+
+def _babble(script: Script, files: Path) -> None:
+    """Write nonsense to every open descriptor, the one for reports included."""
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, b'{"type": "outcome", "failure": 1}\nnonsense\n' + b"x" * 100_000 + b"\n")
+        except OSError:
+            continue
+
+
+_ACTS: dict[str, Callable[[Script, Path], None]] = {
+    "succeed": lambda script, files: None,
+    "fail": _fail,
+    "raise": _raise,
+    "segfault": lambda script, files: ctypes.string_at(0),
+    "exit": lambda script, files: os._exit(3),
+    "bad_alloc": lambda script, files: (
+        print("std::bad_alloc", flush=True),
+        os.kill(os.getpid(), signal.SIGABRT),
+    ),
+    "allocate": _allocate,
+    "burn": _burn,
+    "write_large": _write_large,
+    "write_outside": _write_outside,
+    "link": _link,
+    "spawn": _spawn,
+    "babble": _babble,
+}
+
+if __name__ == "__main__":
+    child.WORK["prepare"] = prepare
+    child.WORK["finalize"] = finalize
+    sys.exit(child.main(Path(sys.argv[1])))
