@@ -60,7 +60,7 @@ def run(folder: Path, bits: int) -> Result:
         replace=True,
     )
     rewriter.finalize(bundle, untrained)
-    rewriter.finetune(
+    training = rewriter.finetune(
         bundle,
         folder / "train.npz",
         evaluation=folder / "test.npz",
@@ -69,7 +69,8 @@ def run(folder: Path, bits: int) -> Result:
         learning_rate=LEARNING_RATE,
     )
     rewriter.finalize(bundle, trained, verify=folder / "test.npz")
-    fake_quantized, int8 = evaluate_bundle(bundle, digits.test), evaluate(trained, digits.test.images)
+    fake_quantized = evaluate_bundle(bundle, training.checkpoint, digits.test)
+    int8 = evaluate(trained, digits.test.images)
     return Result(
         bits=bits,
         float_top1=_top1(evaluate(model_path("mnist-conv"), digits.test.images), digits),
@@ -88,9 +89,9 @@ def evaluate(model: Path, images: NDArray[np.float32]) -> Classes:
     return _classes(np.concatenate(logits))
 
 
-def evaluate_bundle(bundle: Path, samples: Samples) -> Classes:
+def evaluate_bundle(bundle: Path, checkpoint: Path, samples: Samples) -> Classes:
     """The digit that a trained bundle gives for each image, in stock onnxruntime-training alone."""
-    state = CheckpointState.load_checkpoint(bundle / "checkpoint")
+    state = CheckpointState.load_checkpoint(checkpoint)
     module = Module(bundle / "training_model.onnx", state, bundle / "eval_model.onnx", device="cpu")
     module.eval()
     _loss, logits = module(samples.images, samples.labels)

@@ -21,7 +21,7 @@ from rewriter.errors import ErrorCode, QatError
 from rewriter.manifest import Manifest
 from rewriter.progress import Progress, silent
 from rewriter.training.checkpoint import TRAINED_CHECKPOINT
-from rewriter.training.losses import class_layout, dims, loss_output
+from rewriter.training.losses import class_layout, dims
 from rewriter.training.runtime import Device, TrainingSession, open_session
 
 
@@ -238,13 +238,13 @@ class _Scoring:
 
     @classmethod
     def of(cls, model: ir.Model, manifest: Manifest) -> _Scoring | None:
-        outputs = [(o.name or "", o.dtype == ir.DataType.FLOAT) for o in model.graph.outputs[1:]]
-        index = 1 + loss_output(outputs, manifest.recipe.loss)
+        index = 1 + manifest.training.eval_outputs.index(manifest.training.output)
         shape = model.graph.outputs[index].shape
         layout = None if shape is None else class_layout(dims(shape))
-        if shape is None or layout is None or manifest.training.target is None:
+        target = manifest.training.target
+        if shape is None or layout is None or target is None:
             return None
-        return cls(index, layout.axis, static_size(shape[layout.axis]), manifest.training.target)
+        return cls(index, layout.axis, static_size(shape[layout.axis]), target.name)
 
     def hits(self, outputs: Sequence[npt.NDArray[Any]], batch: Batch) -> npt.NDArray[np.bool_]:
         """Whether the largest score is that of the label; shape of the labels."""

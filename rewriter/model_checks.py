@@ -9,8 +9,9 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
+import google.protobuf.message  # type: ignore[import-untyped]
 import onnx
 import onnx_ir as ir
 
@@ -50,7 +51,28 @@ def check_contents(proto: onnx.ModelProto, folder: pathlib.Path, limits: LoadLim
         QatError: model_too_large, model_invalid, model_domain_unknown, model_opset_unsupported,
             external_data_outside, external_data_missing.
     """
+    _check_text(proto)
     _Contents(proto, folder, limits).check()
+
+
+def _check_text(message: google.protobuf.message.Message) -> None:
+    """Raise if a string somewhere in the model is not text: protobuf hands it out as bytes then."""
+    if isinstance(message, onnx.TensorProto):
+        # Not over all fields: that would copy the weights.
+        strings: list[Any] = [message.name, message.doc_string]
+        messages: list[Any] = list(message.external_data)
+    else:
+        strings, messages = [], []
+        for field, value in message.ListFields():
+            values = [value] if isinstance(value, str | bytes | google.protobuf.message.Message) else value
+            if field.type == field.TYPE_STRING:
+                strings.extend(values)
+            elif field.type == field.TYPE_MESSAGE:
+                messages.extend(values)
+    if not all(isinstance(string, str) for string in strings):
+        raise QatError(ErrorCode.MODEL_INVALID, "A name or another string in the model is not UTF-8 text.")
+    for inner in messages:
+        _check_text(inner)
 
 
 class _Contents:

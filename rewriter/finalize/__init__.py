@@ -59,13 +59,11 @@ class FinalizeReport(BaseModel):
             + (f", {sum(left.values())} in float ({left})" if left else ", none in float"),
         ]
         if (agreement := self.agreement) is not None:
-            steps = agreement.largest_difference_in_steps
             lines.append(
                 f"{agreement.samples} samples: "
                 + ("" if agreement.top1 is None else f"same top-1 on {agreement.top1:.2%}, ")
-                + f"largest difference {agreement.largest_difference:.3g}"
-                + ("" if steps is None else f" = {steps:.3g} steps of the output")
-                + " (optimizations off)"
+                + f"largest difference {agreement.largest_difference:.3g} = "
+                + f"{agreement.largest_difference_in_steps:.3g} steps of the output (optimizations off)"
             )
         return "\n".join(lines)
 

@@ -37,8 +37,8 @@ class Agreement(BaseModel):
         top1: share of positions whose largest value along the class axis (axis 1, or the last of a
             rank-3 output) is the same, all optimizations on; null for an output without classes.
         largest_difference: largest absolute difference of the first float output, optimizations off.
-        largest_difference_in_steps: the same in quantization steps of that output; null where the output
-            is not quantized.
+        step: quantization step of that output; of an output that no quantizer writes, 1/255 of the range
+            of its values.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,7 +47,11 @@ class Agreement(BaseModel):
     samples: int
     top1: float | None
     largest_difference: float
-    largest_difference_in_steps: float | None
+    step: float
+
+    @property
+    def largest_difference_in_steps(self) -> float:
+        return self.largest_difference / self.step if self.step else 0.0
 
 
 def count_layer_kernels(model: pathlib.Path) -> dict[str, int]:
@@ -68,7 +72,7 @@ def compare(
     """Run both models on all samples, in batches.
 
     Args:
-        steps: quantization step (scale) of each quantized output, by output name.
+        steps: quantization step of the outputs that a quantizer writes, by output name.
     """
     exact = _options()
     exact.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -80,6 +84,7 @@ def compare(
         raise QatError(ErrorCode.RUN_FAILED, "The model has no float32 output to compare.")
 
     count, positions, same, largest = 0, 0, 0, 0.0
+    low, high = np.inf, -np.inf
     for batch in samples.batches(32):
         feed = dict(batch)
         try:
@@ -93,17 +98,17 @@ def compare(
         count += len(next(iter(feed.values())))
         if expected.size:
             largest = max(largest, float(np.max(np.abs(expected - exact_result))))
+            low, high = min(low, float(expected.min())), max(high, float(expected.max()))
         if expected.ndim >= 2:
             axis = 2 if expected.ndim == 3 else 1
             agrees = expected.argmax(axis) == fast_result.argmax(axis)
             same, positions = same + int(agrees.sum()), positions + agrees.size
-    step = steps.get(output.name)
     return Agreement(
         output=output.name,
         samples=count,
         top1=same / positions if positions else None,
         largest_difference=largest,
-        largest_difference_in_steps=None if step is None else largest / step,
+        step=steps.get(output.name, (high - low) / 255 if high > low else 0.0),
     )
 
 

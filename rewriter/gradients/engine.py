@@ -67,14 +67,20 @@ def trainability(graph: ir.Graph, loss: ir.Value, candidates: Sequence[ir.Value]
         else:
             trainable.append(name)
     if not trainable:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frozen.items())[:3])
-        raise QatError(
-            ErrorCode.NOTHING_TO_TRAIN,
-            f"No parameter has a gradient ({reasons})."
-            if frozen
-            else "The graph has no parameters to train.",
-        )
+        raise QatError(ErrorCode.NOTHING_TO_TRAIN, _nothing_to_train(candidates, obstacles, frozen))
     return Trainability(tuple(trainable), frozen)
+
+
+def _nothing_to_train(
+    candidates: Sequence[ir.Value],
+    obstacles: Mapping[ir.Value, Obstacle | None],
+    frozen: Mapping[str, str],
+) -> str:
+    """Names one parameter, if possible one that a node blocks: there is something to do about that."""
+    if not frozen:
+        return "The graph has no parameters to train."
+    blocked = next((value for value in candidates if obstacles.get(value) is not None), candidates[0])
+    return f"None of the {len(frozen)} parameters has a gradient; {blocked.name!r}: {frozen[blocked.name or '']}."
 
 
 def differentiate(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> dict[ir.Value, ir.Value]:

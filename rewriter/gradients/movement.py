@@ -49,7 +49,7 @@ def split(ctx: Context, *dys: ir.Value | None) -> Gradients:
 def slice_(ctx: Context, dy: ir.Value) -> Gradients:
     x, (starts, ends, axes, steps) = ctx.input(0), (ctx.optional(i) for i in range(1, 5))
     sizes = constant_of(steps)
-    if steps is None or (sizes is not None and bool((sizes > 0).all())):
+    if steps is None or (sizes is not None and bool(np.greater(sizes.astype(np.int64), 0).all())):
         return [ctx.ms("SliceGrad", dy, ctx.shape(x), starts, ends, axes, steps)]
     # SliceGrad fails on most negative steps. The same slice of the elements' positions says where to add.
     shape, flat = ctx.shape(x), ctx.ints(-1)

@@ -20,6 +20,7 @@ from rewriter.normalize.bias import FuseBiasPass
 from rewriter.normalize.constants import FoldConstantsPass
 from rewriter.normalize.elimination import EliminateNodesPass
 from rewriter.normalize.opset import OPSET, ConvertOpsetPass
+from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.normalize.shapes import CleanShapesPass, InferShapesPass
 
 
@@ -69,9 +70,11 @@ def normalize(model: ir.Model) -> NormalizationReport:
         FuseHardSwishPass(),
         NameFixPass(),
         batch,
+        InferShapesPass(),
+        # From here on the graph holds FakeQuantize nodes, which onnxruntime and onnx do not know.
+        RaiseQuantizePairs(),
         RemoveUnusedNodesPass(),
         NameFixPass(),
-        InferShapesPass(),
     )
     changed = [type(each).__name__ for each in passes if each(model).modified]
     _require_float_weights(model.graph)
@@ -92,6 +95,8 @@ def _require_float_weights(graph: ir.Graph) -> None:
     if ir.DataType.FLOAT in dtypes:
         return
     hint = "there is nothing to train in it"
+    if next(iter(graph.subgraphs()), None) is not None:
+        hint = "what stands inside If, Loop and Scan is not trained"
     if dtypes & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}:
         hint = "its weights have another floating-point type; convert them to float32"
     raise QatError(ErrorCode.MODEL_NO_FLOAT_WEIGHTS, f"The model has no float32 weights: {hint}.")

@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime as ort
 
-from rewriter.load import save
 from rewriter.normalize.initializers import add_initializer, constant_of
 from rewriter.normalize.shapes import BATCH, InferShapesPass, forget_shapes
 
@@ -42,8 +42,8 @@ class ProofLimits:
 class DynamicBatchPass(ir.passes.InPlacePass):
     """Replaces a first dimension of 1 by the symbol "batch", at all graph inputs together.
 
-    1. Inputs of rank 2 or more whose first dimension is 1 get the symbol. If an input has another fixed
-       first dimension, the model stays as it is, with a warning.
+    1. Inputs of rank 2 or more get the symbol, if the first dimension of all of them is 1. Else the model
+       stays as it is, with a warning if none is dynamic already.
     2. Reshape of a value that depends on such an input, to a constant shape: the first size becomes 0 (the
        same as the input's) or, where it is not, -1 with the other sizes known.
     3. Outputs follow: shapes are inferred again.
@@ -64,12 +64,12 @@ class DynamicBatchPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self.inputs, self.warnings = (), []
         fixed = _fixed_inputs(model.graph)
-        other = [v for v in model.graph.inputs if _first_dim(v) is not None and v not in fixed]
-        if other:
-            sizes = ", ".join(f"{v.name!r}: {_first_dim(v)}" for v in other)
-            self.warnings.append(f"The batch size is fixed ({sizes}); training uses batches of that size.")
-            return ir.passes.PassResult(model, False)
-        if not fixed:
+        batched = [v for v in model.graph.inputs if v.shape is not None and len(v.shape) > 1]
+        other = [v for v in batched if v not in fixed]
+        if not fixed or other:
+            if batched and all(isinstance(_first_dim(v), int) for v in batched):
+                sizes = ", ".join(f"{v.name!r}: {_first_dim(v)}" for v in batched)
+                self.warnings.append(f"The batch size is fixed ({sizes}), also for training.")
             return ir.passes.PassResult(model, False)
         change = _Change(model, fixed)
         with tempfile.TemporaryDirectory(prefix="batch-") as folder:
@@ -89,20 +89,19 @@ class DynamicBatchPass(ir.passes.InPlacePass):
             return "an input has a size or type that samples cannot be made for"
         if elements > self._limits.input_elements:
             return f"a sample has {elements} elements, too many to try batches"
-        samples = [_random_sample(inputs, seed) for seed in range(3)]
+        shared = _random_sample(inputs, seed=0)
+        samples = [{**shared, **_random_sample(change.inputs, seed)} for seed in range(3)]
         runner = _Runner(self._limits.seconds)
         try:
-            save(model, folder / "fixed.onnx")
-            expected = runner.run(folder / "fixed.onnx", samples)
+            expected = runner.run(_write(model, folder / "fixed.onnx"), samples)
         except _RunError as error:
             return f"the model does not run on random data ({error})"
         try:
             change.do()
-            save(model, folder / "dynamic.onnx")
             # The first runs show how long they take: large models get the shortest batch.
             batch = samples if runner.elapsed < self._limits.seconds / 8 else samples[:2]
             feeds = [samples[0], _stack(change.names, batch)]
-            single, stacked = runner.run(folder / "dynamic.onnx", feeds)
+            single, stacked = runner.run(_write(model, folder / "dynamic.onnx"), feeds)
         except _RunError as error:
             return f"with more samples it does not run ({error})"
         count = len(batch)
@@ -120,7 +119,7 @@ class _Change:
 
     def __init__(self, model: ir.Model, inputs: Sequence[ir.Value]) -> None:
         self._model = model
-        self._inputs = inputs
+        self.inputs = inputs
         self._shapes = {
             value: value.shape
             for values in (model.graph.inputs, *(node.outputs for node in model.graph.all_nodes()))
@@ -131,11 +130,11 @@ class _Change:
 
     def do(self) -> None:
         graph = self._model.graph
-        for node in _depending_on(self._inputs):
+        for node in _depending_on(self.inputs):
             if node.op_type == "Reshape" and node.domain == "" and node.graph is graph:
                 self._adapt_reshape(node)
         forget_shapes(graph)
-        for value in self._inputs:
+        for value in self.inputs:
             assert value.shape is not None
             value.shape = ir.Shape([BATCH, *value.shape[1:]])
         InferShapesPass()(self._model)
@@ -247,6 +246,12 @@ def _close(actual: Array, expected: Array) -> bool:
     return bool(np.allclose(actual, expected, rtol=1e-4, atol=1e-5 * scale, equal_nan=True))
 
 
+def _write(model: ir.Model, path: pathlib.Path) -> pathlib.Path:
+    """The model as a file; weights beside it, where onnxruntime maps them instead of copying them."""
+    ir.save(model, path, external_data=f"{path.stem}.weights")
+    return path
+
+
 class _RunError(Exception):
     pass
 
@@ -259,8 +264,6 @@ class _Runner:
         self.elapsed = 0.0
 
     def run(self, path: pathlib.Path, feeds: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
-        import onnxruntime as ort
-
         start = time.monotonic()
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

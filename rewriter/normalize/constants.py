@@ -66,9 +66,19 @@ class FoldConstantsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self._growth, self.warnings = 0, []
         folded = 0
+        copied: dict[ir.Value, ir.Node] = {}
         for node in model.graph:
+            weights = [value for value in node.inputs if value is not None and _is_weight(value)]
             if self._try_fold(model.graph, node):
                 folded += 1
+                for weight in weights:
+                    copied.setdefault(weight, node)
+        for weight, node in copied.items():
+            if weight.uses():
+                self.warnings.append(
+                    f"Weight {weight.name!r} is used directly and through {node.op_type} {node.name!r}; "
+                    "training changes the two separately."
+                )
         return ir.passes.PassResult(model, bool(folded))
 
     def _try_fold(self, graph: ir.Graph, node: ir.Node) -> bool:
@@ -90,24 +100,18 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         if outputs is None:
             return False
         self._growth += growth
-        self._warn_of_shared_weights(node)
         for value, array in zip(node.outputs, outputs, strict=True):
             _make_initializer(graph, value, array)
+        operands = dict.fromkeys(node.inputs)
         graph.remove(node, safe=True)
-        for value in set(node.inputs):
+        for value in operands:
             if value is not None and not value.uses() and not value.is_graph_output():
                 graph.initializers.pop(str(value.name), None)
         return True
 
-    def _warn_of_shared_weights(self, node: ir.Node) -> None:
-        for value in node.inputs:
-            if value is None or value.shape is None or value.dtype != ir.DataType.FLOAT:
-                continue
-            if len(value.shape) >= 2 and len(value.uses()) > 1:
-                self.warnings.append(
-                    f"Weight {value.name!r} is used directly and through {node.op_type} {node.name!r}; "
-                    "training changes the two separately."
-                )
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.dtype == ir.DataType.FLOAT and value.shape is not None and len(value.shape) >= 2
 
 
 def _make_initializer(graph: ir.Graph, value: ir.Value, array: npt.NDArray[np.generic]) -> None:

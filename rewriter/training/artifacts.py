@@ -24,6 +24,7 @@ from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
 from rewriter.gradients import differentiate, trainability
+from rewriter.gradients.context import MICROSOFT
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
 from rewriter.recipe import Recipe
@@ -204,6 +205,7 @@ def _add_gradients(
     """Turn the forward model into the training model: gradients, their accumulation, parameters as inputs."""
     graph = training.graph
     gradients = differentiate(graph, loss, trainable)
+    graph.opset_imports.setdefault(MICROSOFT, 1)
     _move_to_inputs(graph, parameters)
     graph.outputs[:] = [loss, *(gradients[value] for value in trainable)]
     RemoveUnusedNodesPass()(training)
@@ -230,7 +232,7 @@ def _add_gradients(
             ir.node(
                 "InPlaceAccumulatorV2",
                 [buffer, gradient, reset],
-                domain="com.microsoft",
+                domain=MICROSOFT,
                 outputs=[done],
                 name=names.take(f"{value.name}_grad.accumulation"),
             )
@@ -247,7 +249,6 @@ def _move_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 def _write(model: ir.Model, path: pathlib.Path) -> None:
     lower(model, saturation="before")
-    model.graph.opset_imports.setdefault("com.microsoft", 1)
     model.ir_version = min(model.ir_version, _NEWEST_IR)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

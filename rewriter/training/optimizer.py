@@ -27,7 +27,7 @@ _NODES: Final[Mapping[OptimizerName, tuple[str, tuple[str, ...], tuple[str, ...]
     "sgd": (
         "SGDOptimizerV2",
         ("params", "gradients", "first_order_moments"),
-        ("learning_rate", "gradients", "params"),
+        ("learning_rate", "params", "gradients"),
     ),
 }
 
@@ -49,8 +49,9 @@ _ATTRIBUTES: Final[Mapping[OptimizerName, dict[str, float | int]]] = {
 def optimizer_model(optimizer: OptimizerName, *, opset: int, ir_version: int) -> onnx.ModelProto:
     """The model that `onnxruntime.training.api.Optimizer` runs to update float32 parameters."""
     op_type, sequences, inputs = _NODES[optimizer]
-    node = helper.make_node(
-        op_type, inputs, ["update_completed"], name=op_type, domain="com.microsoft", **_ATTRIBUTES[optimizer]
+    node = helper.make_node(op_type, inputs, ["update_completed"], name=op_type, domain="com.microsoft")
+    node.attribute.extend(
+        helper.make_attribute(name, value) for name, value in _ATTRIBUTES[optimizer].items()
     )
     graph = helper.make_graph(
         [node],

@@ -153,6 +153,6 @@ def _require_matches(prefixes: Sequence[str], names: Sequence[str]) -> None:
             known = ", ".join(repr(name) for name in names[:3])
             raise QatError(
                 ErrorCode.RECIPE_SCOPE_UNMATCHED,
-                f"No parameter is called {prefix!r} or begins with it at a '/' or '.'; there are {known}, ...",
+                f"No parameter is called {prefix!r} or begins with it at a '/' or '.' ({known}, ...).",
                 field=f"frozen.{index}",
             )

@@ -12,7 +12,10 @@ import importlib
 import pathlib
 import sys
 import types
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
@@ -96,6 +99,7 @@ def open_session(
             f"onnxruntime-training cannot load the checkpoint: {_first_line(error)}",
             file=path.name,
         ) from error
+    _require_parameters_of(bundle / bundles.TRAINING_MODEL, state, path)
     try:
         module = training_api.Module(
             bundle / bundles.TRAINING_MODEL, state, bundle / bundles.EVAL_MODEL, device, options
@@ -106,6 +110,32 @@ def open_session(
             ErrorCode.RUN_FAILED, f"onnxruntime-training cannot load the bundle: {_first_line(error)}"
         ) from error
     return TrainingSession(module, optimizer, state)
+
+
+def _require_parameters_of(training_model: pathlib.Path, state: Any, checkpoint: pathlib.Path) -> None:
+    """onnxruntime takes a parameter that the checkpoint lacks for an input, and fails later or not at all."""
+    try:
+        inputs = onnx.load(training_model).graph.input
+    except (OSError, DecodeError) as error:
+        raise QatError(
+            ErrorCode.BUNDLE_INVALID,
+            f"{training_model.name} cannot be read: prepare the bundle again.",
+            file=training_model.name,
+        ) from error
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in inputs}
+    trainable = {name.removesuffix(_BUFFER) for name in shapes if name.endswith(_BUFFER)}
+    found = {name: list(parameter.data.shape) for name, parameter in state.parameters}
+    wrong = [*(trainable - found.keys()), *(name for name in found if found[name] != shapes.get(name))]
+    if wrong:
+        raise QatError(
+            ErrorCode.CHECKPOINT_INVALID,
+            f"The checkpoint does not fit the bundle: parameter {min(wrong)!r} is in one of them only, "
+            "or has another shape.",
+            file=checkpoint.name,
+        )
+
+
+_BUFFER: Final = "_grad.accumulation.buffer"
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ def apply_limits(limits: Limits, scratch: Path) -> None:
     if sys.platform == "linux":
         # When memory runs out, the kernel ends the job and not the service.
         Path("/proc/self/oom_score_adj").write_text("1000")
-        _confine_writes(scratch)
+    _confine_writes(scratch)
 
 
 def _limit(kind: int, soft: int | None, grace: int = 0) -> None:
@@ -59,10 +59,17 @@ def _limit(kind: int, soft: int | None, grace: int = 0) -> None:
     resource.setrlimit(kind, (min(soft, wanted), wanted))
 
 
+def landlock_version() -> int:
+    """ABI version of the kernel's Landlock; 0 without it."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, _libc().syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION))
+
+
 def _confine_writes(scratch: Path) -> None:
     """Allow writing beneath the scratch directory only. No-op without Landlock."""
     libc = _libc()
-    abi = libc.syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+    abi = landlock_version()
     if abi < 1:
         return
     access = _WRITE_FILE | _REMOVE_MAKE | (_REFER if abi >= 2 else 0) | (_TRUNCATE if abi >= 3 else 0)

@@ -21,6 +21,7 @@ from service.uploads.models import UploadKind
 from service.uploads.receiving import FILE_NAMES
 from service.uploads.schemas import StoredFile
 from service.uploads.service import UploadService
+from service.worker.limits import landlock_version
 from service.worker.order import BUNDLE_FILE, RESULT_DIRECTORY, FinalizeWork, Limits, PrepareWork
 from service.worker.process import JobProcess
 
@@ -53,6 +54,8 @@ class Supervisor:
 
     def start(self) -> None:
         """Queue again what a dead service left running, and begin."""
+        if landlock_version() < 1:
+            log.warning("this kernel has no Landlock: jobs are not kept from writing outside their directory")
         self._jobs.recover()
         for thread in self._threads:
             thread.start()

@@ -19,6 +19,7 @@ def graph(text: str, **values: np.ndarray) -> ir.Model:
     """A model of opset 18 from the text of its graph.
 
     Tensors declared in the text that no node makes are initializers: as given in `values`, or random.
+    Nodes without a name are called after their first output.
     """
     proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18, "qat" : 1]>\n{text}')
     made = {name for node in proto.graph.node for name in node.output}
@@ -34,6 +35,8 @@ def graph(text: str, **values: np.ndarray) -> ir.Model:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), info.name))
     model = ir.from_proto(proto)
     ShapeInferencePass()(model)
+    for node in model.graph.all_nodes():
+        node.name = node.name or f"{node.outputs[0].name}_node"
     return model
 
 

@@ -179,6 +179,12 @@ def test_a_graph_that_is_not_valid_is_refused(tmp_path, damage):
     assert refusal(write(tmp_path, model)).code == ErrorCode.MODEL_INVALID
 
 
+@pytest.mark.parametrize("text", [b"product", b"MatMul", b"w", b"N"])
+def test_names_that_are_not_text_are_refused(tmp_path, text):
+    damaged = linear_model().SerializeToString().replace(text, b"\xff" * len(text))
+    assert refusal(write(tmp_path, damaged)).code == ErrorCode.MODEL_INVALID
+
+
 def test_a_shape_that_promises_terabytes_is_refused(tmp_path):
     model = linear_model()
     _too_many_dimensions_for_the_data(model.graph)

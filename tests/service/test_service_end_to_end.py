@@ -19,10 +19,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnxruntime.training import api
 from service_helpers import Script, wait_for
 
 from examples.models import model_path
+from rewriter import finetune
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     data = tmp_path_factory.mktemp("service")
     # Beside this interpreter: the tests may run without an activated environment.
     command = Path(sys.executable).with_name("onnx-qat")
-    process = subprocess.Popen([command, "serve", "--port", port, "--data-dir", data / "data"])
+    process = subprocess.Popen(
+        [command, "serve", "--port", port, "--data-dir", data / "data"],
+        env={**os.environ, "ONNX_QAT_LOG_LEVEL": "warning"},
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             deadline = time.monotonic() + 60
@@ -79,17 +82,11 @@ def test_a_model_is_prepared_trained_and_finalized(client: httpx.Client, tmp_pat
     manifest = client.get(f"/v1/jobs/{job['id']}/files/manifest.json").json()
     assert manifest["quantizers"]
 
-    state = api.CheckpointState.load_checkpoint(str(bundle / "checkpoint"))
-    module = api.Module(str(bundle / "training_model.onnx"), state, str(bundle / "eval_model.onnx"))
-    optimizer = api.Optimizer(str(bundle / "optimizer_model.onnx"), module)
-    module.train()
-    for _ in range(2):
-        module(values, np.arange(16, dtype=np.int64) % 10)
-        optimizer.step()
-        module.lazy_reset_grad()
-    api.CheckpointState.save_checkpoint(state, str(tmp_path / "trained"))
+    (tmp_path / "train.npz").write_bytes(npz(**{name: values, "labels": np.arange(16) % 10}))
+    trained = tmp_path / "trained"
+    finetune(bundle, tmp_path / "train.npz", batch_size=8, checkpoint_out=trained)
 
-    checkpoint = client.post("/v1/checkpoints", content=(tmp_path / "trained").read_bytes())
+    checkpoint = client.post("/v1/checkpoints", content=trained.read_bytes())
     verify = client.post("/v1/datasets", content=npz(**{name: values}))
     request = {
         "kind": "finalize",
@@ -112,7 +109,9 @@ def test_a_model_is_prepared_trained_and_finalized(client: httpx.Client, tmp_pat
 
 def external_data_outside() -> bytes:
     model = onnx.load(model_path("mnist-conv"))
-    tensor = next(tensor for tensor in model.graph.initializer if len(tensor.raw_data) > 100)
+    tensor = onnx.numpy_helper.from_array(np.zeros(100, np.float32), "weight")
+    model.graph.initializer.append(tensor)
+    tensor = model.graph.initializer[-1]
     onnx.external_data_helper.set_external_data(tensor, location="../../../../../../etc/passwd")
     tensor.ClearField("raw_data")
     return model.SerializeToString()

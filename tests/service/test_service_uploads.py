@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -179,6 +181,19 @@ def test_a_form_of_too_many_files_is_refused(start_client) -> None:
     client = start_client(max_upload_files=3)
     parts = [("model", b"model"), *(("external_data", (f"w{i}", b"1")) for i in range(3))]
     assert_problem(client.post("/v1/models", files=parts), 413, "request_too_large")
+
+
+def test_a_full_disk_is_said_to_be_so(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert_problem(client.post("/v1/models", content=b"model"), 507, "storage_full")
+    monkeypatch.undo()
+    assert stored_files(tmp_path / "data") == []
+    assert list((tmp_path / "data/staging").iterdir()) == []
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(start_server, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from service_helpers import Script, is_running, submit, wait_for, wait_for_pid
 
+from service.worker.limits import landlock_version
+
 
 def assert_serves(client: TestClient) -> None:
     """The service still does its work."""
@@ -65,6 +67,7 @@ def test_a_killed_process_is_a_crash(client: TestClient) -> None:
     assert_serves(client)
 
 
+@pytest.mark.skipif(landlock_version() < 1, reason="this kernel has no Landlock; the service warns of that")
 def test_the_process_cannot_write_outside_its_directory(client: TestClient, tmp_path: Path) -> None:
     target = tmp_path / "data" / "outside"
     job = submit(client, {"do": "write_outside", "path": str(target)})
@@ -102,6 +105,17 @@ def test_nonsense_in_the_reports_does_no_harm(client: TestClient) -> None:
     job = submit(client, {"do": "babble"})
     assert wait_for(client, job)["state"] == "succeeded"
     assert_serves(client)
+
+
+def test_what_an_attempt_left_behind_is_replaced(client: TestClient, tmp_path: Path) -> None:
+    blocking = submit(client, {"seconds": 600})
+    job = submit(client, {})
+    left = tmp_path / "data/results" / job / "files"
+    left.mkdir(parents=True)
+    (left / "stale").write_text("of a service that died before it could say that the job succeeded")
+    client.post(f"/v1/jobs/{blocking}/cancel")
+    assert wait_for(client, job)["state"] == "succeeded"
+    assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "seen.json"]
 
 
 def test_several_workers_run_several_jobs(start_client) -> None:

@@ -475,6 +475,7 @@ LOSS = [
     Case("CrossEntropy_ignore", CROSS_ENTROPY, [normal(5, 4), LABELS], {"ignore_index": int(LABELS[0])}),
     Case("CrossEntropy_int32", CROSS_ENTROPY, [normal(5, 4), LABELS.astype(np.int32)]),
     Case("CrossEntropy_log_prob", CROSS_ENTROPY, [normal(5, 4), LABELS], outputs=2),
+    Case("CrossEntropy_pixels_log_prob", CROSS_ENTROPY, [normal(2, 3, 2, 3), PIXEL_LABELS], outputs=2),
 ]
 
 CASES = [

@@ -97,6 +97,17 @@ def test_a_fixed_batch_of_several_stays_with_a_warning():
     assert "'x': 8" in rewrite.warnings[0]
 
 
+def test_inputs_that_disagree_about_the_batch_stay_with_a_warning():
+    source, rewrite = rewritten("g (float[1,3] x, float[4,1,3] h) => (float[] y) { y = Add(x, h) }")
+    assert source.graph.inputs[0].shape[0] == 1
+    assert len(rewrite.warnings) == 1
+
+
+def test_a_state_beside_a_dynamic_batch_is_no_reason_to_warn():
+    _, rewrite = rewritten("g (float[N,3] x, float[1,3] h) => (float[] y) { y = Add(x, h) }")
+    assert (rewrite.inputs, rewrite.warnings) == ((), [])
+
+
 def test_a_dynamic_batch_stays_as_it_is():
     source, rewrite = rewritten("g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
     assert str(source.graph.inputs[0].shape[0]) == "N"

@@ -1,5 +1,7 @@
 """Constant sub-graphs become initializers, within bounds."""
 
+# ruff: noqa: E501  (one case a line)
+
 from __future__ import annotations
 
 import numpy as np

@@ -152,3 +152,32 @@ def test_unnamed_and_duplicate_nodes_get_unique_names():
     assert names[0] == "m"
     assert all(names)
     assert len(set(names)) == 4
+
+
+def test_a_quantized_model_of_one_sample_gets_a_dynamic_batch_and_keeps_its_quantizers():
+    source = model(
+        """g (float[1,2,4,4] x) => (float[1,1,4,4] y)
+        <float s = {0.1}, uint8 z = {128}, int8[1,2,1,1] w = {3, -5}, float ws = {0.5}, int8 wz = {0}> {
+            q = QuantizeLinear(x, s, z)
+            d = DequantizeLinear(q, s, z)
+            f = DequantizeLinear(w, ws, wz)
+            y = Conv(d, f)
+        }"""
+    )
+    report = normalize(source)
+    assert report.dynamic_batch == ("x",)
+    assert operators(source) == {"FakeQuantize": 2, "Conv": 1}
+    assert str(source.graph.outputs[0].shape[0]) == "batch"
+
+
+def test_weights_inside_branches_only_are_said_to_be_the_reason():
+    source = model(
+        """g (float[N,2] x, bool c) => (float[N,2] y) {
+            y = If (c) <
+                then_branch = t () => (float[N,2] a) <float[2] w = {1, 2}> { a = Mul(x, w) },
+                else_branch = e () => (float[N,2] b) { b = Relu(x) }
+            >
+        }"""
+    )
+    with pytest.raises(QatError, match="inside If"):
+        normalize(source)

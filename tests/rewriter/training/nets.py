@@ -88,7 +88,7 @@ def quantize(
     graph = net.graph
     values = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
     x = next(value for value in values if value.name == name)
-    parameters = []
+    readers, parameters = list(x.uses()), []
     for suffix, array in (
         ("scale", np.asarray(scale, np.float32)),
         ("zero_point", np.full(np.shape(scale), zero_point, range_.dtype)),
@@ -97,7 +97,6 @@ def quantize(
         graph.register_initializer(value)
         parameters.append(value)
     quantizer = fake_quantize.make(x, *parameters, range_, axis=axis, name=f"{name}_fake_quantize")
-    readers = [use for use in x.uses()]
     producer = x.producer()
     if producer is None:
         graph.insert_before(graph[0], quantizer)
@@ -114,3 +113,39 @@ def batch(count: int = 32, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     x = rng.standard_normal((count, FEATURES)) * 0.5
     x[np.arange(count), labels] += 1.5
     return x.astype(np.float32), labels.astype(np.int64)
+
+
+def small_resnet() -> ir.Model:
+    """Convolutions around a residual addition, a strided depthwise one, a classifier; x [N, 3, 8, 8]."""
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+    initializers = {
+        "stem.weight": weight(6, 3, 3, 3),
+        "stem.bias": weight(6, 1).reshape(-1),
+        "block.1.weight": weight(6, 6, 3, 3),
+        "block.1.bias": weight(6, 1).reshape(-1),
+        "block.2.weight": weight(6, 6, 3, 3),
+        "depthwise.weight": weight(6, 1, 3, 3),
+        "depthwise.bias": weight(6, 1).reshape(-1),
+        "head.weight": weight(CLASSES, 6),
+        "head.bias": weight(CLASSES, 1).reshape(-1),
+    }
+    pads = [1, 1, 1, 1]
+    nodes = [
+        node("Conv", ["x", "stem.weight", "stem.bias"], "stem", pads=pads),
+        node("Relu", ["stem"], "stem_relu"),
+        node("MaxPool", ["stem_relu"], "pooled", kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["pooled", "block.1.weight", "block.1.bias"], "c1", pads=pads),
+        node("Relu", ["c1"], "r1"),
+        node("Conv", ["r1", "block.2.weight"], "c2", pads=pads),
+        node("Add", ["c2", "pooled"], "sum"),
+        node("Relu", ["sum"], "r2"),
+        node("Conv", ["r2", "depthwise.weight", "depthwise.bias"], "c3", pads=pads, strides=[2, 2], group=6),
+        node("GlobalAveragePool", ["c3"], "gap"),
+        node("Flatten", ["gap"], "flat"),
+        node("Gemm", ["flat", "head.weight", "head.bias"], "y", transB=1),
+    ]
+    return model(nodes, initializers, {"y": ["N", CLASSES]}, inputs={"x": ["N", 3, 8, 8]})

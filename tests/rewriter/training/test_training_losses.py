@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from tests.rewriter.training import nets
 
 from rewriter.errors import ErrorCode, QatError
 from rewriter.quantization import IntegerRange
 from rewriter.recipe import GraphLoss
 from rewriter.training.losses import attach_loss
+from tests.rewriter.training import nets
 
 
 def identity_model(shape: list[object], op_type: str = "Identity", **attributes: object) -> ir.Model:

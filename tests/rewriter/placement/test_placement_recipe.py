@@ -1,0 +1,144 @@
+"""Scope, overrides and bits of the recipe, node by node."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from rewriter.errors import ErrorCode, QatError
+from rewriter.placement import place
+from rewriter.placement.settings import has_prefix
+from rewriter.quantization import IntegerRange, Plan, Quantizer
+from rewriter.recipe import Override, Recipe
+from tests.rewriter.graphs import graph
+
+CHAIN = """g (float[N,4,8,8] x) => (y) <float[4,4,1,1] w1, float[4,4,1,1] w2, float[4,4,1,1] w3>
+{ a = Conv(x, w1)  b = Conv(a, w2)  y = Conv(b, w3) }"""
+
+
+def chain() -> ir.Model:
+    """Three convolutions, named a/conv, b/conv and b10/conv."""
+    model = graph(CHAIN)
+    for node, name in zip(model.graph, ("a/conv", "b/conv", "b10/conv"), strict=True):
+        node.name = name
+    return model
+
+
+def quantizer(plan: Plan, name: str) -> Quantizer:
+    return next(one for one in plan.quantizers if one.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "expected"),
+    [
+        ("b/conv", "b", True),
+        ("b/conv", "b/", True),
+        ("b/conv", "b/conv", True),
+        ("b10/conv", "b", False),
+        ("/b/conv", "b", False),
+        ("/b/conv", "/b", True),
+        ("b", "b/conv", False),
+    ],
+)
+def test_prefixes_end_at_slashes(name: str, prefix: str, expected: bool) -> None:
+    assert has_prefix(name, prefix) == expected
+
+
+def test_outside_the_scope_nothing_asks_for_quantizers() -> None:
+    plan = place(chain(), Recipe(scope="b"))
+    assert plan.quantized_nodes == ("b/conv",)
+    assert [one.name for one in plan.quantizers] == ["a", "w2", "b"]
+    assert {one.node for one in plan.skipped} == {"a/conv", "b10/conv"}
+    assert all("scope 'b'" in one.reason for one in plan.skipped)
+
+
+def test_a_scope_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(QatError) as caught:
+        place(chain(), Recipe(scope="c"))
+    assert (caught.value.code, caught.value.field) == (ErrorCode.RECIPE_SCOPE_UNMATCHED, "scope")
+
+
+def test_nothing_to_quantize_says_why() -> None:
+    with pytest.raises(QatError) as caught:
+        place(chain(), Recipe(overrides=(Override(match="Conv", quantize=False),)))
+    assert caught.value.code == ErrorCode.NOTHING_TO_QUANTIZE
+    assert "override" in caught.value.message
+
+
+def test_the_last_matching_override_counts_alone() -> None:
+    recipe = Recipe(
+        overrides=(
+            Override(match="Conv", weight_bits=4, per_channel=False),
+            Override(match="b", weight_bits=3),
+        )
+    )
+    plan = place(chain(), recipe)
+    assert [(quantizer(plan, w).bits, quantizer(plan, w).axis) for w in ("w1", "w2", "w3")] == [
+        (4, None),
+        (3, 0),
+        (4, None),
+    ]
+    assert quantizer(plan, "w2").range == IntegerRange(-3, 3)
+
+
+def test_activation_bits_govern_the_result_of_a_node_and_the_inputs_that_nothing_else_makes() -> None:
+    plan = place(chain(), Recipe(overrides=(Override(match="a", activation_bits=4, symmetric=True),)))
+    assert [quantizer(plan, name).bits for name in ("x", "a", "b", "y")] == [4, 4, 8, 8]
+    assert quantizer(plan, "a").range == IntegerRange(-8, 7)
+    assert quantizer(plan, "b").range == IntegerRange(0, 255)
+
+
+def test_a_shared_range_takes_the_most_bits_of_the_operators_that_make_it() -> None:
+    model = graph(
+        "g (float[N,4,8,8] x) => (y) <float[4,4,1,1] w1, float[4,4,1,1] w2, float[4,8,1,1] w3> { "
+        "[a] a = Conv(x, w1) [b] b = Conv(x, w2) c = Concat<axis=1>(a, b) [d] y = Conv(c, w3) }"
+    )
+    recipe = Recipe(
+        activation_bits=3,
+        overrides=(Override(match="b", activation_bits=6), Override(match="d", activation_bits=8)),
+    )
+    shared = quantizer(place(model, recipe), "a")
+    assert [tensor.name for tensor in shared.tensors] == ["a", "b", "c"]
+    assert shared.bits == 6
+
+
+def test_layers_that_share_a_weight_with_other_bits_have_two_quantizers() -> None:
+    model = graph("g (float[N,4,8,8] x) => (y) <float[4,4,1,1] w> { [a] a = Conv(x, w) [b] y = Conv(a, w) }")
+    plan = place(model, Recipe(overrides=(Override(match="b", weight_bits=4),)))
+    weights = [one for one in plan.quantizers if one.kind == "weight"]
+    assert [(one.name, one.bits, one.tensors[0].consumers) for one in weights] == [
+        ("w", 8, ("a",)),
+        ("w_2", 4, ("b",)),
+    ]
+
+
+def test_a_moving_operator_can_be_excluded() -> None:
+    model = graph(
+        "g (float[N,4,8,8] x) => (y) <float[4,4,1,1] w1, float[4,4,1,1] w2> { "
+        "a = Conv(x, w1) b = MaxPool<kernel_shape=[2,2]>(a) y = Conv(b, w2) }"
+    )
+    plan = place(model, Recipe(overrides=(Override(match="MaxPool", quantize=False),)))
+    assert [
+        [tensor.name for tensor in one.tensors] for one in plan.quantizers if one.kind == "activation"
+    ] == [
+        ["x"],
+        ["a"],
+        ["b"],
+        ["y"],
+    ]
+
+
+def test_names_do_not_collide_with_the_models() -> None:
+    model = graph(
+        "g (float[N,4,8,8] x, float[N,4,8,8] x_scale) => (y, w_zero_point) <float[4,4,1,1] w> { "
+        "y = Conv(x, w) w_zero_point = Relu(x_scale) }"
+    )
+    assert [one.name for one in place(model, Recipe()).quantizers] == ["x_2", "w_2", "y"]
+
+
+def test_the_plan_of_a_model_is_always_the_same_and_the_model_stays_as_it_is() -> None:
+    model = chain()
+    before = ir.to_proto(model).SerializeToString()
+    plans = [place(model, Recipe()) for _ in range(2)] + [place(chain(), Recipe())]
+    assert plans[0] == plans[1] == plans[2]
+    assert ir.to_proto(model).SerializeToString() == before
