@@ -11,7 +11,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import rich.console
 import rich.progress
@@ -71,12 +71,10 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 1e-3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the samples.")] = 0,
 ) -> None:
-    """Train a bundle with onnxruntime-training; the bundle's checkpoint is updated."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter("cpu or cuda", param_hint="--device")
+    """Train a bundle with onnxruntime-training, into the bundle's trained_checkpoint."""
     with _errors_to_exit_status():
         with _progress() as progress:
             report = rewriter.finetune(

@@ -238,7 +238,10 @@ class _Scoring:
 
     @classmethod
     def of(cls, model: ir.Model, manifest: Manifest) -> _Scoring | None:
-        index = 1 + manifest.training.eval_outputs.index(manifest.training.output)
+        outputs = [value.name for value in model.graph.outputs]
+        if manifest.training.output not in outputs:
+            return None
+        index = outputs.index(manifest.training.output)
         shape = model.graph.outputs[index].shape
         layout = None if shape is None else class_layout(dims(shape))
         target = manifest.training.target

@@ -19,6 +19,8 @@ class TargetPolicy:
         shares_range: operators that only move data and run on integers with the scale of their input.
         quantizes_outputs: whether the results of quantized operators are quantized, not only what
             quantized operators read.
+        writes_float: operators with integer kernels that can write float: their result is quantized only
+            where a quantized operator reads it.
     """
 
     quantized: frozenset[str]
@@ -26,11 +28,15 @@ class TargetPolicy:
     fuses_bias_add: bool
     shares_range: frozenset[str]
     quantizes_outputs: bool
+    writes_float: frozenset[str]
 
 
 # onnxruntime matches DQ -> operator -> Q groups (QDQ format): every input and the output need a pair. It
 # drops a Relu or Clip before QuantizeLinear where the integer range already saturates there; what it cannot
-# drop `rewriter.fold.activations` turns into integer bounds.
+# drop `rewriter.fold.activations` turns into integer bounds. QGemm and MatMulIntegerToFloat need no pair at
+# their output, and do without where nothing in integers follows: class scores, attention scores, the input of
+# a GELU or LayerNorm. A pair there costs accuracy, and starves training: scores outside the calibrated range
+# have no gradient, and a new task or longer training takes them all outside.
 _ONNXRUNTIME: Final = TargetPolicy(
     quantized=frozenset(
         ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool")
@@ -44,6 +50,7 @@ _ONNXRUNTIME: Final = TargetPolicy(
         )
     ),
     quantizes_outputs=True,
+    writes_float=frozenset(("Gemm", "MatMul")),
 )  # fmt: skip
 
 TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME}

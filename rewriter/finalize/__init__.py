@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from pydantic import BaseModel, ConfigDict
 
 from rewriter import bundle as bundles
@@ -21,6 +22,7 @@ from rewriter.finalize.verification import (
     count_layer_kernels,
 )
 from rewriter.finalize.weights import quantize_weights
+from rewriter.fold.activations import absorb_activations
 from rewriter.load import load, save
 from rewriter.lowering import lower
 from rewriter.manifest import FileEntry
@@ -105,9 +107,11 @@ def finalize(
         steps = _output_steps(model)
 
         progress("quantize", 0.0)
+        absorb_activations(model)
         raised = quantize_biases(model)
         integer_weights = quantize_weights(model)
         lower(model, saturation="between")
+        RemoveUnusedNodesPass()(model)
         save(model, staging)
         progress("quantize", 1.0)
 

@@ -10,7 +10,7 @@ import rewriter.gradients.movement
 import rewriter.gradients.normalization
 import rewriter.gradients.pooling
 import rewriter.gradients.quantizer
-import rewriter.gradients.reduction
+import rewriter.gradients.reduction  # noqa: F401
 from rewriter.gradients.engine import Trainability, differentiate, trainability
 
 __all__ = ["Trainability", "differentiate", "trainability"]

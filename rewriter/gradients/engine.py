@@ -80,7 +80,8 @@ def _nothing_to_train(
     if not frozen:
         return "The graph has no parameters to train."
     blocked = next((value for value in candidates if obstacles.get(value) is not None), candidates[0])
-    return f"None of the {len(frozen)} parameters has a gradient; {blocked.name!r}: {frozen[blocked.name or '']}."
+    reason = frozen[blocked.name or ""]
+    return f"None of the {len(frozen)} parameters has a gradient; {blocked.name!r}: {reason}."
 
 
 def differentiate(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> dict[ir.Value, ir.Value]:

@@ -3,7 +3,8 @@
 Rules, for the policy of the recipe's target (`rewriter.targets`):
 
 1. Inputs and results of every quantized operator are quantized, one quantizer a tensor. A result is quantized
-   for all its readers; an input that a float operator makes is quantized for its quantized readers only.
+   for all its readers; an input that a float operator makes is quantized for its quantized readers only. The
+   result of an operator whose integer kernel can write float, and that nothing quantized reads, stays float.
 2. No quantizer stands between an operator and the bias Add or activation that the target fuses with it.
 3. Weights are symmetric with a narrow range, per output channel where one axis says it. Layers that share a
    weight share its quantizer when they agree on bits and axis; otherwise each has its own.

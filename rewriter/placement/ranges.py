@@ -45,13 +45,33 @@ def share_ranges(
     for candidate in candidates:
         for value in candidate.inputs:
             ranges.consumed.setdefault(unquantized(value), []).append(candidate.node)
-        if policy.quantizes_outputs:
+        if policy.quantizes_outputs and candidate.node.op_type not in policy.writes_float:
             ranges.produced.add(candidate.output)
 
     moves = {node: move for node in graph if (move := _read_move(node, recipe, policy)) is not None}
     sharing = _DisjointSets(existing_scales(graph))
-    pending = list(reversed(moves))
     done: set[ir.Node] = set()
+    _share_over_moves(list(reversed(moves)), moves, ranges, sharing, done)
+    if policy.quantizes_outputs:
+        # A result that could stay float and has a quantized reader is quantized for the others too: the
+        # kernel writes either integers or float.
+        mixed = [c.output for c in candidates if c.output in ranges.consumed]
+        ranges.produced.update(mixed)
+        readers = [use.node for value in mixed for use in value.uses() if use.node in moves]
+        _share_over_moves(readers, moves, ranges, sharing, done)
+
+    ranges.groups = sharing.groups(_in_graph_order(graph, ranges))
+    return ranges
+
+
+def _share_over_moves(
+    pending: list[ir.Node],
+    moves: Mapping[ir.Node, _Move],
+    ranges: QuantizedRanges,
+    sharing: _DisjointSets,
+    done: set[ir.Node],
+) -> None:
+    """Quantize both sides of every move that touches quantized tensors, as far as that leads."""
     while pending:
         node = pending.pop()
         if node in done or not _is_active(moves[node], ranges, sharing):
@@ -64,9 +84,6 @@ def share_ranges(
         ranges.on_grid.update(move.outputs)
         sharing.join([*map(unquantized, move.inputs), *move.outputs])
         pending.extend(_neighbours(move, moves))
-
-    ranges.groups = sharing.groups(_in_graph_order(graph, ranges))
-    return ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +134,7 @@ def _is_active(move: _Move, ranges: QuantizedRanges, sharing: _DisjointSets) -> 
     return any(value in ranges.consumed for value in move.outputs)
 
 
-def _neighbours(move: _Move, moves: dict[ir.Node, _Move]) -> Iterable[ir.Node]:
+def _neighbours(move: _Move, moves: Mapping[ir.Node, _Move]) -> Iterable[ir.Node]:
     for value in move.inputs:
         producer = value.producer()
         if producer is not None and producer in moves:

@@ -63,7 +63,8 @@ def landlock_version() -> int:
     """ABI version of the kernel's Landlock; 0 without it."""
     if sys.platform != "linux":
         return 0
-    return max(0, _libc().syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION))
+    version: int = _libc().syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+    return max(0, version)
 
 
 def _confine_writes(scratch: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +32,9 @@ _ENVIRONMENT: Final = (
 )
 _OUTPUT_FILE: Final = "output.txt"
 _OUTPUT_TAIL: Final = 4000
-_LONGEST_REPORT: Final = 1 << 20
+_LONGEST_REPORT: Final = 1 << 16
+_PIPE_BYTES: Final = 1 << 20  # as much as a pipe can hold
+_LOOK_SECONDS: Final = 0.05
 _REPORT: Final[TypeAdapter[Report]] = TypeAdapter(Report)
 
 
@@ -48,6 +49,8 @@ class JobProcess:
         self._buffer = b""
         self._reports, report_descriptor = os.pipe()
         os.set_blocking(self._reports, False)
+        self._poll = select.poll()
+        self._poll.register(self._reports, select.POLLIN)
         try:
             order = Order(
                 job=job,
@@ -88,10 +91,12 @@ class JobProcess:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            if select.select([self._reports], [], [], min(left, 0.05))[0]:
+            # The end of the process does not wake this up, so look for it often.
+            if self._poll.poll(1000 * min(left, _LOOK_SECONDS)):
                 self._listen()
         self.kill()
-        self._listen()
+        if self._poll.poll(0):
+            self._listen()
         return True
 
     def kill(self) -> None:
@@ -134,22 +139,24 @@ class JobProcess:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _listen(self) -> None:
-        for line in self._lines():
-            # A hostile process may write anything.
+        """Take the reports that are there. A hostile process may write anything, and without end."""
+        try:
+            chunk = os.read(self._reports, _PIPE_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self._poll.unregister(self._reports)
+            return
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        if len(self._buffer) > _LONGEST_REPORT:
+            self._buffer = b""
+        for line in lines:
             with contextlib.suppress(ValidationError):
                 report = _REPORT.validate_json(line)
                 if isinstance(report, ProgressReport):
                     self.progress = report
                 else:
                     self._outcome = report
-
-    def _lines(self) -> Iterator[bytes]:
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._reports, 1 << 16):
-                *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-                yield from lines
-                if len(self._buffer) > _LONGEST_REPORT:
-                    self._buffer = b""
 
 
 def _start(scratch: Path, report_descriptor: int) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""The whole path on real models: what is quantized, that stock onnxruntime-training trains it, what comes out."""
+"""The whole path on real models: what is quantized, that stock onnxruntime-training trains it, the result."""
 
 from __future__ import annotations
 

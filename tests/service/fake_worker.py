@@ -107,6 +107,18 @@ def _babble(script: Script, files: Path) -> None:
             continue
 
 
+def _flood(script: Script, files: Path) -> None:
+    """Write to the supervisor without end."""
+    while True:
+        _babble(script, files)
+
+
+def _hang_up(script: Script, files: Path) -> None:
+    """Close the connection to the supervisor, go on for a while, then fail to report."""
+    os.closerange(3, 64)
+    time.sleep(1)
+
+
 _ACTS: dict[str, Callable[[Script, Path], None]] = {
     "succeed": lambda script, files: None,
     "fail": _fail,
@@ -124,6 +136,8 @@ _ACTS: dict[str, Callable[[Script, Path], None]] = {
     "link": _link,
     "spawn": _spawn,
     "babble": _babble,
+    "flood": _flood,
+    "hang_up": _hang_up,
 }
 
 if __name__ == "__main__":

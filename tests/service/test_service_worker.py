@@ -34,7 +34,8 @@ def assert_serves(client: TestClient) -> None:
             "worker_out_of_memory",
             "memory",
         ),
-        ({"job_timeout_seconds": 6}, {"seconds": 600}, "worker_timeout", "longer"),
+        ({"job_timeout_seconds": 6}, {"do": "flood"}, "worker_timeout", "longer"),
+        ({}, {"do": "hang_up"}, "worker_crashed", "exit status 1"),
         ({"job_cpu_seconds": 5}, {"do": "burn"}, "worker_timeout", "CPU"),
         (
             {"job_file_bytes": 1 << 20},
