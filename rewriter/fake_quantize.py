@@ -1,9 +1,10 @@
-"""The FakeQuantize node: how a quantizer stands in the graph between insertion and lowering.
+"""The nodes that stand for quantizers in the graph between insertion and lowering.
 
     y = FakeQuantize(x, scale, zero_point) {qmin, qmax, axis?, on_grid}
+    y = FakeQuantizeBias(bias, x_scale, weight_scale)    = round(bias / (s_x * s_w)) * (s_x * s_w), int32
 
 One node per quantized tensor keeps the passes in between simple: the gradient of a quantizer is one rule,
-and each product lowers it in the form that serves it best (`rewriter.lowering`). The node never reaches a
+and each product lowers it in the form that serves it best (`rewriter.lowering`). The nodes never reach a
 file.
 """
 
@@ -18,6 +19,7 @@ from rewriter.quantization import IntegerRange
 
 DOMAIN: Final = "qat"
 OP_TYPE: Final = "FakeQuantize"
+BIAS_OP_TYPE: Final = "FakeQuantizeBias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +80,38 @@ def read(node: ir.Node) -> FakeQuantize:
         axis=None if axis is None else axis.as_int(),
         on_grid=bool(node.attributes["on_grid"].as_int()),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeQuantizeBias:
+    """A FakeQuantizeBias node, read: float32 values, one per output channel of a layer.
+
+    Attributes:
+        x_scale: scale of the layer's input, shape [].
+        weight_scale: scale of the layer's weight, shape [] or [channels].
+    """
+
+    node: ir.Node
+    bias: ir.Value
+    x_scale: ir.Value
+    weight_scale: ir.Value
+
+
+def is_fake_quantize_bias(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == BIAS_OP_TYPE
+
+
+def make_bias(bias: ir.Value, x_scale: ir.Value, weight_scale: ir.Value, *, name: str) -> ir.Node:
+    """A FakeQuantizeBias node on `bias`, not yet in a graph; its output has the shape and type of `bias`."""
+    output = ir.Value(name=f"{name}_output", shape=bias.shape, type=bias.type)
+    inputs = [bias, x_scale, weight_scale]
+    return ir.node(BIAS_OP_TYPE, inputs, domain=DOMAIN, outputs=[output], name=name)
+
+
+def read_bias(node: ir.Node) -> FakeQuantizeBias:
+    """The parts of a FakeQuantizeBias node (`is_fake_quantize_bias(node)` holds)."""
+    bias, x_scale, weight_scale = node.inputs
+    assert bias is not None
+    assert x_scale is not None
+    assert weight_scale is not None
+    return FakeQuantizeBias(node, bias, x_scale, weight_scale)

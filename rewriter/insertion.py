@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter import fake_quantize
+from rewriter.bias_quantization import insert_bias_quantizers
 from rewriter.names import FreeNames
 from rewriter.quantization import (
     ParametersByQuantizer,
@@ -24,12 +25,14 @@ def insert(model: ir.Model, plan: Plan, parameters: ParametersByQuantizer) -> No
 
     Each quantizer gets a scale and a zero point initializer; each of its tensors a FakeQuantize node that the
     planned consumers then read. A quantized graph output keeps its name. Quantizers that the model came with
-    keep their nodes and scales, and only gain the consumers and tensors that the plan adds.
+    keep their nodes and scales, and only gain the consumers and tensors that the plan adds. Biases are then
+    rounded as `rewriter.bias_quantization` says.
 
     Args:
         parameters: for every quantizer that is not `existing`.
     """
     _Insertion(model).run(plan, parameters)
+    insert_bias_quantizers(model)
 
 
 class _Insertion:

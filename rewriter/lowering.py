@@ -10,6 +10,8 @@ saturate:
   nothing else: onnxruntime's x86 kernels are for unsigned activations, and it converts signed pairs itself
   only where nothing stands in between, and not before every operator.
 
+Biases become Round(bias / step) * step with step = s_x * s_w.
+
 Both give exactly `quantization.quantize` and `dequantize`. Tensors that are on the grid already need no
 saturation.
 """
@@ -22,20 +24,23 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, read
+from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, is_fake_quantize_bias, read, read_bias
 from rewriter.names import FreeNames
 
 Saturation = Literal["before", "between"]
 
 
 def lower(model: ir.Model, *, saturation: Saturation) -> None:
-    """Replace every FakeQuantize of the graph by a Q/DQ pair, in place.
+    """Replace every FakeQuantize of the graph by a Q/DQ pair, and every FakeQuantizeBias, in place.
 
     Scales may be initializers or computed; zero points must be initializers.
     """
     nodes = [node for node in model.graph if is_fake_quantize(node)]
     zero_points = [read(node).zero_point for node in nodes]
     lowering = _Lowering(model)
+    for node in list(model.graph):
+        if is_fake_quantize_bias(node):
+            lowering.round_bias(node)
     for node in nodes:
         quantizer = read(node)  # anew: its input may be the output of one that is lowered now
         if saturation == "before":
@@ -83,6 +88,22 @@ class _Lowering:
             nodes[-1].outputs[0].type = quantize.outputs[0].type
         nodes.append(self._dequantize(quantizer, nodes[-1].outputs[0], zero_point))
         self._replace(quantizer, nodes)
+
+    def round_bias(self, node: ir.Node) -> None:
+        """Round and the two products are all that int32 does to a bias: it is never out of range."""
+        bias = read_bias(node)
+        step = self._node("Mul", [bias.x_scale, bias.weight_scale], bias.weight_scale, "bias_step")
+        quotient = self._node("Div", [bias.bias, step.outputs[0]], bias.bias, "steps")
+        rounded = self._node("Round", [quotient.outputs[0]], bias.bias, "rounded_steps")
+        product = self._node("Mul", [rounded.outputs[0], step.outputs[0]], bias.bias, "rounded")
+        ir.convenience.replace_nodes_and_values(
+            self._graph,
+            node,
+            [node],
+            [step, quotient, rounded, product],
+            [node.outputs[0]],
+            [product.outputs[0]],
+        )
 
     def _shift(self, zero_point: ir.Value) -> ir.Value:
         if zero_point not in self._shifted:

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 import onnx_ir as ir
 
-from rewriter.fake_quantize import is_fake_quantize, read
+from rewriter.fake_quantize import is_fake_quantize, is_fake_quantize_bias
 
 Kind = Literal["layer", "arithmetic", "pooling", "movement", "pointwise", "reduction"]
 
@@ -57,9 +57,13 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def unquantized(value: ir.Value) -> ir.Value:
-    """The value itself, or what stands before the FakeQuantize that makes it."""
+    """The value itself, or what stands before the quantizer that makes it."""
     producer = value.producer()
-    return read(producer).x if producer is not None and is_fake_quantize(producer) else value
+    if producer is None or not (is_fake_quantize(producer) or is_fake_quantize_bias(producer)):
+        return value
+    float_value = producer.inputs[0]
+    assert float_value is not None
+    return float_value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ images, labels = digits["Input3"], digits["labels"]
 batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 640, 64)]
 """
 COMPARISON = """
-after = CheckpointState.load_checkpoint("bundle/checkpoint")
-before = CheckpointState.load_checkpoint("before")
+after = CheckpointState.load_checkpoint("bundle/trained_checkpoint")
+before = CheckpointState.load_checkpoint("bundle/checkpoint")
 changed = [n for n, p in after.parameters if not np.array_equal(p.data, before.parameters[n].data)]
 print(float(loss), len(changed))
 """
@@ -34,7 +34,6 @@ def test_the_loop_runs_alone_and_changes_the_checkpoint(
 ) -> None:
     write_digits(tmp_path)
     rewriter.prepare(real_model("mnist-conv"), tmp_path / "bundle", calibration=tmp_path / "calibration.npz")
-    (tmp_path / "before").write_bytes((tmp_path / "bundle" / "checkpoint").read_bytes())
     loop = next(block for block in README.split("```") if "CheckpointState" in block).removeprefix("python\n")
     result = subprocess.run(
         [sys.executable, "-c", PREPARATION + loop + COMPARISON],

@@ -93,6 +93,7 @@ def finalize(
     progress("load", 0.0)
     model = load(bundle / bundles.QAT_MODEL)
     RaiseQuantizePairs()(model)
+    RemoveUnusedNodesPass()(model)
     apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle)))
     progress("load", 1.0)
 
@@ -126,8 +127,7 @@ def finalize(
         layer_kernels=kernels,
         agreement=agreement,
         warnings=tuple(
-            f"{change.node}: the weight scale of {change.channels} channel(s) was raised so that the bias "
-            "fits into int32"
+            f"{change.scale}: raised on {change.channels} channel(s) so that the bias fits into int32"
             for change in raised
         ),
     )

@@ -1,7 +1,8 @@
-"""Gradient rule of the FakeQuantize node: the straight-through estimator, and LSQ for the scale.
+"""Gradient rules of the quantizer nodes: the straight-through estimator, and LSQ for the scale.
 
     dx = dy where round(x / s) + z, unclipped, lies in [qmin, qmax], else 0
     ds = g * sum(dy * ((y - x) / s where in range, else y / s))        g = 1 / sqrt(N * qmax)
+    dbias = dy
 
 (Esser et al. 2020, Learned Step Size Quantization.) N is the number of elements that share a scale: of a
 weight all of them, of an activation those of one sample, its first axis being the batch.
@@ -49,6 +50,12 @@ def fake_quantize_gradient(ctx: Context, dy: ir.Value) -> Gradients:
     dx = ctx.masked(dy, mask) if ctx.needs(0) else None
     ds = _scale_gradient(ctx, quantizer, dy, mask) if ctx.needs(1) else None
     return dx, ds
+
+
+@rule(fake_quantize.BIAS_OP_TYPE, domain=fake_quantize.DOMAIN, inputs=(0,), stops=lambda node: (1, 2))
+def fake_quantize_bias_gradient(ctx: Context, dy: ir.Value) -> Gradients:
+    """Straight through: int32 has no bounds to reach, and the scales have better work to do."""
+    return (dy,)
 
 
 def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:

@@ -14,7 +14,8 @@ Rules:
    initializer alone.
 4. Pairs that read the same scale initializer share a quantizer. Its initializers are called `{name}_scale`
    and `{name}_zero_point`; those with such names keep them, others are named after the first tensor.
-5. Pairs with scales that are computed, or with other integer types, are left as they are.
+5. Biases rounded as `rewriter.bias_quantization` lowers it are the biases themselves again.
+6. Pairs with scales that are computed, or with other integer types, are left as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter import fake_quantize
+from rewriter.bias_quantization import raise_bias_quantizers
 from rewriter.names import FreeNames
 from rewriter.normalize.constant_bounds import constant_array
 from rewriter.operators import is_operator, movement_inputs, traits_of
@@ -48,7 +50,8 @@ class RaiseQuantizePairs(ir.passes.InPlacePass):
         for node in list(model.graph):
             if is_operator(node, "DequantizeLinear"):
                 raising.find(node)
-        return ir.passes.PassResult(model, modified=raising.carry_out())
+        modified = raising.carry_out()
+        return ir.passes.PassResult(model, modified=raise_bias_quantizers(model) > 0 or modified)
 
 
 @dataclasses.dataclass(frozen=True)

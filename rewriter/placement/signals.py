@@ -71,8 +71,10 @@ def _common_root(node: ir.Node, roots: dict[ir.Value, ir.Value]) -> ir.Value | N
     traits = traits_of(node)
     if traits is None or traits.kind not in ("arithmetic", "pointwise", "reduction"):
         return None
-    operands = node.inputs[:1] if traits.kind == "reduction" else node.inputs
-    found = {roots.get(value, value) for value in operands if value is not None and not is_constant(value)}
+    inputs = node.inputs[:1] if traits.kind == "reduction" else node.inputs
+    # Past quantizers, so that a model that has them is read as it was before.
+    operands = (unquantized(value) for value in inputs if value is not None)
+    found = {roots.get(value, value) for value in operands if not is_constant(value)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -83,7 +85,7 @@ def _has_constant(node: ir.Node) -> bool:
 def _sum_before(softmax: ir.Node) -> ir.Node | None:
     """The Add of two tensors that a Softmax reads, through operators that change its values little."""
     value = softmax.inputs[0]
-    while value is not None and (node := value.producer()) is not None:
+    while value is not None and (node := unquantized(value).producer()) is not None:
         if is_operator(node, "Add"):
             return None if _has_constant(node) else node
         traits = traits_of(node)

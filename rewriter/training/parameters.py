@@ -132,7 +132,7 @@ def _reason_not_to_train(value: ir.Value, graph: ir.Graph, frozen_prefixes: Sequ
 def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """The nodes that read the value, and at which input, seen through FakeQuantize."""
     for use in value.uses():
-        if fake_quantize.is_fake_quantize(use.node):
+        if fake_quantize.is_fake_quantize(use.node) or fake_quantize.is_fake_quantize_bias(use.node):
             yield from ((quantized.node, quantized.idx) for quantized in use.node.outputs[0].uses())
         else:
             yield use.node, use.idx

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import ShapeInferencePass
 
-from rewriter.fake_quantize import is_fake_quantize
+from rewriter.fake_quantize import is_fake_quantize, is_fake_quantize_bias
 from rewriter.insertion import insert
 from rewriter.placement import place
 from rewriter.quantization import Plan, QuantizerParameters, parameters_from_range
@@ -51,6 +51,8 @@ def listing(model: ir.Model) -> str:
             marks = "" if axis is None else f" axis {axis.as_int()}"
             marks += " on grid" if node.attributes["on_grid"].as_int() else ""
             lines.append(f"{outputs} = FQ({inputs[0]} by {inputs[1]}{marks})")
+        elif is_fake_quantize_bias(node):
+            lines.append(f"{outputs} = FQ({inputs[0]} by {inputs[1]} * {inputs[2]})")
         else:
             lines.append(f"{outputs} = {node.op_type}({', '.join(inputs)})")
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def test_a_bias_that_does_not_fit_raises_the_weight_scale_of_its_channel_only():
     scales = np.array([0.01, 1e-6, 0.01, 0.01], np.float32)
     model = quantized(CONV, conv_arrays(bias), scales)
     raised = quantize_biases(model)
-    assert [(change.node, change.channels) for change in raised] == [("node_0", 1)]
+    assert [(change.scale, change.channels) for change in raised] == [("W_scale", 1)]
     quantizer = next(n for n in model.graph if is_fake_quantize(n) and n.inputs[0].name == "W")
     changed = quantizer.inputs[1].const_value.numpy()
     np.testing.assert_array_equal(changed[[0, 2, 3]], scales[[0, 2, 3]])
