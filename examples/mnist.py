@@ -22,7 +22,6 @@ import rewriter
 from examples.digits import INPUT_NAME, Digits, Samples, write_digits
 from examples.models import model_path
 from examples.package_files import FetchError
-from examples.training_api import CheckpointState, Module
 
 BITS: Final = (8, 4)
 EPOCHS: Final = 5
@@ -91,8 +90,9 @@ def evaluate(model: Path, images: NDArray[np.float32]) -> Classes:
 
 def evaluate_bundle(bundle: Path, checkpoint: Path, samples: Samples) -> Classes:
     """The digit that a trained bundle gives for each image, in stock onnxruntime-training alone."""
-    state = CheckpointState.load_checkpoint(checkpoint)
-    module = Module(bundle / "training_model.onnx", state, bundle / "eval_model.onnx", device="cpu")
+    api = rewriter.training_api()
+    state = api.CheckpointState.load_checkpoint(checkpoint)
+    module = api.Module(bundle / "training_model.onnx", state, bundle / "eval_model.onnx", device="cpu")
     module.eval()
     _loss, logits = module(samples.images, samples.labels)
     return _classes(logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import pathlib
 import secrets
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.manifest import FileEntry, Manifest, Source
+from rewriter.manifest import Digest, FileEntry, Manifest
 
 MANIFEST: Final = "manifest.json"
 QAT_MODEL: Final = "qat_model.onnx"
@@ -20,24 +21,23 @@ TRAINING_MODEL: Final = "training_model.onnx"
 EVAL_MODEL: Final = "eval_model.onnx"
 OPTIMIZER_MODEL: Final = "optimizer_model.onnx"
 CHECKPOINT: Final = "checkpoint"
+# What fine-tuning writes beside the prepared checkpoint, which stays as the manifest describes it.
+TRAINED_CHECKPOINT: Final = "trained_checkpoint"
 
-_CHUNK = 1 << 20
-
-
-def describe_file(path: pathlib.Path) -> FileEntry:
-    """Name, SHA-256 and size of a file, read once in chunks."""
-    source = describe_source(path)
-    return FileEntry(name=path.name, sha256=source.sha256, bytes=source.bytes)
+_CHUNK: Final = 1 << 20
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def describe_source(path: pathlib.Path) -> Source:
+def describe(path: pathlib.Path) -> Digest:
     """SHA-256 and size of a file, read once in chunks."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return Source(sha256=digest.hexdigest(), bytes=size)
+        digest = hashlib.file_digest(stream, "sha256")
+        return Digest(sha256=digest.hexdigest(), bytes=stream.tell())
+
+
+def describe_file(path: pathlib.Path, name: str | None = None) -> FileEntry:
+    """The same with the file's name, or with another one."""
+    return FileEntry(name=name or path.name, **dict(describe(path)))
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -47,14 +47,16 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         QatError: `bundle_invalid` when there is none, it cannot be read, or a file that it lists is missing.
     """
     try:
-        data = (folder / MANIFEST).read_bytes()
+        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise QatError(
             ErrorCode.BUNDLE_INVALID,
             f"{folder} is not a bundle: it has no readable {MANIFEST}. Make one with `prepare`.",
             file=MANIFEST,
         ) from error
-    manifest = Manifest.from_json(data)
+    except QatError as error:
+        error.file = MANIFEST
+        raise
     for entry in manifest.files:
         if not (folder / entry.name).is_file():
             raise QatError(
@@ -65,54 +67,52 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
+    """A temporary directory that becomes `target` when the block ends without an error.
+
+    Args:
+        replace: whether a bundle that is there already is replaced. Nothing else ever is.
 
     Raises:
-        QatError: `output_exists` when `target` is there, is not an empty directory and `replace` is false;
-            `output_unwritable` when its parent cannot be written.
+        QatError: `output_exists` when `target` is there, is not an empty directory and may not be replaced;
+            `output_unwritable` when it cannot be written.
     """
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not replace:
+    target = _resolved(target)
+    occupied = _is_occupied(target)
+    if occupied and not (replace and (target / MANIFEST).is_file()):
+        advice = "it is no bundle, and is not replaced" if replace else "or say that it may be replaced"
         raise QatError(
-            ErrorCode.OUTPUT_EXISTS,
-            f"{target} exists already: name another directory, or say that it may be replaced.",
-            file=target.name,
+            ErrorCode.OUTPUT_EXISTS, f"{target} exists: name another directory; {advice}.", file=target.name
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = _beside(target)
-        staging.mkdir()
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield staging
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _beside(target) as staging:
+        folder, former = staging / "new", staging / "former"
+        folder.mkdir()
+        yield folder
+        if occupied:
+            target.rename(former)
+        try:
+            folder.rename(target)
+        except BaseException:
+            if occupied:
+                former.rename(target)
+            raise
 
 
 @contextlib.contextmanager
 def new_file(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `target` that becomes `target` when the block ends without an error.
+    """A temporary path, of the same name, that becomes `target` when the block ends without an error.
+
+    Files that are written beside it (external data) come along, before it.
 
     Raises:
-        QatError: `output_unwritable` when the directory cannot be written.
+        QatError: `output_unwritable` when it cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = _beside(target)
-        staging.touch(exist_ok=False)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield staging
-        staging.replace(target)
-    finally:
-        staging.unlink(missing_ok=True)
+    target = _resolved(target)
+    if target.is_dir():
+        raise _unwritable(target, "it is a directory")
+    with _beside(target) as staging:
+        yield staging / target.name
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == target.name):
+            path.replace(target.with_name(path.name))
 
 
 def write_zip(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -125,14 +125,45 @@ def write_zip(folder: pathlib.Path, target: pathlib.Path) -> None:
                 shutil.copyfileobj(source, stream, _CHUNK)
 
 
-def _beside(target: pathlib.Path) -> pathlib.Path:
-    """A new hidden name in the same directory, so that a rename stays on one file system."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{target.suffix}")
+@contextlib.contextmanager
+def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden directory beside `target`, so that a rename stays on one file system; it goes at the end.
+
+    What cannot be written into it is said of `target`; errors of reading are none of its business.
+    """
+    staging = target.with_name(f".onnx-qat-{secrets.token_hex(6)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise _unwritable(target, error.strerror) from error
+    try:
+        yield staging
+    except OSError as error:
+        file = pathlib.Path(error.filename) if isinstance(error.filename, str) else None
+        if error.errno in _NO_ROOM or (file and (file == target or file.is_relative_to(staging))):
+            # Its name alone: it may lie in the hidden directory of an output around it.
+            raise _unwritable(pathlib.Path(target.name), error.strerror) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _unwritable(target: pathlib.Path, error: OSError) -> QatError:
-    return QatError(
-        ErrorCode.OUTPUT_UNWRITABLE,
-        f"{target} cannot be written: {error.strerror or error}.",
-        file=target.name,
-    )
+def _resolved(target: pathlib.Path) -> pathlib.Path:
+    """`target` with a name (`.` has none) and without links."""
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise _unwritable(target, str(error)) from error
+
+
+def _is_occupied(target: pathlib.Path) -> bool:
+    """Whether something is there, other than an empty directory."""
+    try:
+        return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise _unwritable(target, error.strerror) from error
+
+
+def _unwritable(target: pathlib.Path, why: str | None) -> QatError:
+    return QatError(ErrorCode.OUTPUT_UNWRITABLE, f"{target} cannot be written: {why}.", file=target.name)

@@ -11,7 +11,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final
 
 import rich.console
 import rich.progress
@@ -19,6 +19,7 @@ import typer
 
 import rewriter
 from rewriter.errors import ErrorCode, QatError
+from rewriter.installation import Device
 from rewriter.progress import Progress
 
 app = typer.Typer(
@@ -28,7 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_USAGE_ERRORS = {ErrorCode.RECIPE_INVALID, ErrorCode.RECIPE_UNSUPPORTED}
+_USAGE_ERRORS: Final = frozenset(
+    {ErrorCode.RECIPE_INVALID, ErrorCode.RECIPE_UNSUPPORTED, ErrorCode.ARGUMENT_INVALID}
+)
 
 
 @app.command()
@@ -70,8 +73,8 @@ def finetune(
     evaluation: Annotated[pathlib.Path | None, typer.Option("--eval", help="npz to evaluate on.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 1e-3,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
+    learning_rate: Annotated[float, typer.Option("--lr", help="Of the first step; more than 0.")] = 1e-3,
+    device: Annotated[Device, typer.Option()] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the samples.")] = 0,
 ) -> None:
     """Train a bundle with onnxruntime-training, into the bundle's trained_checkpoint."""
@@ -118,13 +121,13 @@ def _recipe(path: pathlib.Path | None, settings: list[str]) -> rewriter.Recipe:
     fields: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise QatError(
-                ErrorCode.RECIPE_INVALID, f"The recipe cannot be read as JSON: {error}.", file=path.name
+                ErrorCode.RECIPE_INVALID, f"The recipe cannot be read as JSON: {error}.", file=str(path)
             ) from error
         if not isinstance(loaded, dict):
-            raise QatError(ErrorCode.RECIPE_INVALID, "The recipe is not a JSON object.", file=path.name)
+            raise QatError(ErrorCode.RECIPE_INVALID, "The recipe is not a JSON object.", file=str(path))
         fields.update(loaded)
     for setting in settings:
         field, separator, value = setting.partition("=")
@@ -158,6 +161,9 @@ def _errors_to_exit_status() -> Iterator[None]:
     except QatError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if error.code in _USAGE_ERRORS else 1) from error
+    except OSError as error:  # of the system, not of what it was given: no temporary directory, a bad disk
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager
@@ -169,14 +175,13 @@ def _progress() -> Iterator[Progress]:
         rich.progress.BarColumn(),
         rich.progress.TaskProgressColumn(),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.fields[detail]}"),
     )
     with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, rich.progress.TaskID] = {}
 
         def report(stage: str, fraction: float) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0, detail="")
+                tasks[stage] = bar.add_task(stage, total=1.0)
             bar.update(tasks[stage], completed=fraction)
 
         yield report

@@ -50,6 +50,8 @@ class ErrorCode(enum.StrEnum):
     TRAINING_DIVERGED = "training_diverged"
     TRAINING_RUNTIME_MISSING = "training_runtime_missing"
 
+    ARGUMENT_INVALID = "argument_invalid"  # a number of epochs, a learning rate, ... that cannot be meant
+
     # Bundles and checkpoints.
     BUNDLE_INVALID = "bundle_invalid"
     CHECKPOINT_INVALID = "checkpoint_invalid"

@@ -18,11 +18,12 @@ import onnx_ir as ir
 from rewriter import bundle as bundles
 from rewriter.calibration.npz import Batch, NpzSamples, static_size
 from rewriter.errors import ErrorCode, QatError
+from rewriter.installation import Device
+from rewriter.load import load_from_bundle
 from rewriter.manifest import Manifest
 from rewriter.progress import Progress, silent
-from rewriter.training.checkpoint import TRAINED_CHECKPOINT
 from rewriter.training.losses import class_layout, dims
-from rewriter.training.runtime import Device, TrainingSession, open_session
+from rewriter.training.runtime import TrainingSession, open_session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +86,23 @@ def finetune(
         data: npz with one array per input of the training model, samples along the first axis: the model's
             inputs and `labels` or `targets`. Held in memory.
         evaluation: npz of the same form, evaluated before and after training.
-        batch_size: ignored where the model prescribes one. The last, smaller batch of an epoch is used
-            where the model allows it.
-        learning_rate: of the first step.
+        epochs: at least 1.
+        batch_size: at least 1; ignored where the model prescribes one. The last, smaller batch of an epoch is
+            used where the model allows it.
+        learning_rate: of the first step; more than 0.
         seed: of the order of the samples, which changes every epoch.
         checkpoint: where to start from; None: as prepared.
         checkpoint_out: file to write when training is over; None: `trained_checkpoint` in the bundle, which
             `finalize` then uses.
 
     Raises:
-        QatError: `bundle_invalid`, `data_*` (before any training), `training_runtime_missing`,
-            `checkpoint_invalid`, `run_failed`; `training_diverged` when the loss is not finite, and nothing
-            is written then.
+        QatError: `argument_invalid`, `bundle_invalid`, `data_*`, `output_unwritable` (before any training),
+            `training_runtime_missing`, `checkpoint_invalid`, `run_failed`; `training_diverged` when the loss
+            is not finite, and nothing is written then.
     """
+    _require_arguments(epochs, batch_size, learning_rate)
     manifest = bundles.read_manifest(bundle)
-    model = _read_model(bundle / bundles.EVAL_MODEL)
+    model = load_from_bundle(bundle / bundles.EVAL_MODEL)
     scoring = _Scoring.of(model, manifest) if manifest.training.loss_kind == "cross_entropy" else None
     session = open_session(bundle, checkpoint, device=device)
     by_name = {value.name: value for value in model.graph.inputs}
@@ -111,12 +114,24 @@ def finetune(
         scoring.require_labels(arrays, data)
     batches = _Batches(len(samples), batch_size, samples.fixed_batch, epochs, data)
 
-    before = None if held_out is None else _evaluate(session, held_out, scoring)
-    losses = _train(session, list(arrays.values()), batches, learning_rate, seed, progress)
-    after = None if held_out is None else _evaluate(session, held_out, scoring)
-    target = checkpoint_out or bundle / TRAINED_CHECKPOINT
-    session.save(target)
+    target = checkpoint_out or bundle / bundles.TRAINED_CHECKPOINT
+    with bundles.new_file(target) as trained:
+        before = None if held_out is None else _evaluate(session, held_out, scoring)
+        losses = _train(session, list(arrays.values()), batches, learning_rate, seed, progress)
+        after = None if held_out is None else _evaluate(session, held_out, scoring)
+        session.save(trained)
     return FinetuneReport(batches.steps, losses, before, after, target)
+
+
+def _require_arguments(epochs: int, batch_size: int, learning_rate: float) -> None:
+    for name, value, allowed in (
+        ("epochs", epochs, epochs >= 1),
+        ("batch_size", batch_size, batch_size >= 1),
+        ("learning_rate", learning_rate, math.isfinite(learning_rate) and learning_rate > 0),
+    ):
+        if not allowed:
+            least = "more than 0" if name == "learning_rate" else "at least 1"
+            raise QatError(ErrorCode.ARGUMENT_INVALID, f"{name} is {value}; it must be {least}.", field=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +145,9 @@ class _Batches:
     file: pathlib.Path
 
     def __post_init__(self) -> None:
-        if self.samples < (self.fixed or 1):
+        if self.fixed is not None and self.samples < self.fixed:
             raise QatError(
-                ErrorCode.DATA_EMPTY,
+                ErrorCode.DATA_SHAPE_MISMATCH,
                 f"The model takes batches of {self.fixed} samples, and there are {self.samples}.",
                 file=self.file.name,
             )
@@ -271,19 +286,16 @@ class _Scoring:
 
 def _in_memory(samples: NpzSamples) -> Batch:
     """All samples, one array per input in the input's type."""
-    batches = list(samples.batches(_READ_AT_ONCE))
-    return {name: np.concatenate([b[name] for b in batches])[: len(samples)] for name in batches[0]}
-
-
-def _read_model(path: pathlib.Path) -> ir.Model:
-    try:
-        return ir.load(path)
-    except Exception as error:  # whatever a damaged protobuf makes the parser raise
-        raise QatError(
-            ErrorCode.BUNDLE_INVALID,
-            f"{path.name} is not an ONNX model: prepare the bundle again.",
-            file=path.name,
-        ) from error
+    arrays: Batch = {}
+    done = 0
+    for batch in samples.batches(_READ_AT_ONCE):
+        for name, values in batch.items():
+            if name not in arrays:
+                arrays[name] = np.empty((len(samples), *values.shape[1:]), values.dtype)
+            # Where the batch size is fixed, the last batch repeats its last sample.
+            arrays[name][done : done + len(values)] = values[: len(samples) - done]
+        done += len(next(iter(batch.values())))
+    return arrays
 
 
 _READ_AT_ONCE: Final = 256

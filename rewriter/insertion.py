@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter import fake_quantize
 from rewriter.bias_quantization import insert_bias_quantizers
+from rewriter.initializers import add_initializer
 from rewriter.names import FreeNames
 from rewriter.quantization import (
     ParametersByQuantizer,
@@ -59,19 +59,13 @@ class _Insertion:
         if len(shape) != (quantizer.axis is not None) or parameters.zero_point.shape != shape:
             raise ValueError(f"the parameters of {quantizer.name!r} have shape {shape}")
         return (
-            self._initializer(quantizer.scale_name, parameters.scale.astype(np.float32)),
-            self._initializer(quantizer.zero_point_name, parameters.zero_point.astype(quantizer.range.dtype)),
+            add_initializer(self._graph, quantizer.scale_name, parameters.scale.astype(np.float32)),
+            add_initializer(
+                self._graph,
+                quantizer.zero_point_name,
+                parameters.zero_point.astype(quantizer.range.dtype),
+            ),
         )
-
-    def _initializer(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
 
     def _quantize(
         self, quantizer: Quantizer, tensor: QuantizedTensor, scale: ir.Value, zero_point: ir.Value

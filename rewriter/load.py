@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
-import tempfile
+from collections.abc import Iterator
 from typing import Final
 
 import google.protobuf.message  # type: ignore[import-untyped]
@@ -21,7 +20,7 @@ from onnx_ir.passes.common import InlinePass
 from rewriter.errors import ErrorCode, QatError
 from rewriter.model_checks import LoadLimits, all_nodes, check_contents
 
-__all__ = ["LoadLimits", "load", "save"]
+__all__ = ["LoadLimits", "external_data_files", "load", "load_from_bundle", "save"]
 
 # protobuf cannot serialize a message of 2 GiB; the margin is for the graph around the weights.
 EXTERNAL_DATA_THRESHOLD: Final = int(1.8 * 2**30)
@@ -49,41 +48,61 @@ def load(path: str | os.PathLike[str], *, limits: LoadLimits = _DEFAULT_LIMITS) 
         raise
 
 
-def save(model: ir.Model, path: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """Write `model` to `path`, whole or not at all; returns the files written.
-
-    Weights of more than `EXTERNAL_DATA_THRESHOLD` bytes together go to `{path}.data` beside it.
+def load_from_bundle(path: pathlib.Path) -> ir.Model:
+    """A model that `prepare` wrote.
 
     Raises:
-        QatError: output_unwritable.
+        QatError: bundle_invalid, it is damaged.
     """
-    path = pathlib.Path(path)
+    try:
+        return load(path)
+    except QatError as error:
+        raise QatError(
+            ErrorCode.BUNDLE_INVALID,
+            f"{path.name} is damaged, prepare the bundle again: {error.message}",
+            node=error.node,
+            file=path.name,
+        ) from error
+
+
+def external_data_files(model: ir.Model) -> list[str]:
+    """Files that tensors of a loaded model lie in, sorted; paths relative to the model's folder."""
+    return sorted({str(t.location) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)})
+
+
+def save(model: ir.Model, path: pathlib.Path) -> list[pathlib.Path]:
+    """Write `model` to `path`; returns the files written, `path` first.
+
+    Weights of more than `EXTERNAL_DATA_THRESHOLD` bytes together go to `{path}.data` beside it. A failure may
+    leave half a file behind: write into a place of its own (`rewriter.bundle.new_file`).
+
+    Raises:
+        OSError: the files cannot be written.
+    """
     weight_bytes = sum(
         value.const_value.nbytes
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    external = f"{path.name}.data" if weight_bytes > EXTERNAL_DATA_THRESHOLD else None
-    try:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=path.parent))
-        try:
-            if external is None:
-                proto = ir.to_proto(_with_embedded_weights(model))
-                (folder / path.name).write_bytes(proto.SerializeToString(deterministic=True))
-                names = [path.name]
-            else:
-                ir.save(model, folder / path.name, external_data=external)
-                names = [external, path.name]
-            for name in names:
-                os.replace(folder / name, path.parent / name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise QatError(
-            ErrorCode.OUTPUT_UNWRITABLE, f"Cannot write the model: {error.strerror}.", file=path.name
-        ) from error
-    return [path.parent / name for name in names]
+    if weight_bytes > EXTERNAL_DATA_THRESHOLD:
+        data = path.with_name(f"{path.name}.data")
+        ir.save(model, path, external_data=data.name)
+        return [path, data]
+    path.write_bytes(ir.to_proto(_with_embedded_weights(model)).SerializeToString(deterministic=True))
+    return [path]
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The initializers and the tensor attributes of the model and its subgraphs."""
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value)
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.as_tensor()
+            elif attribute.type == ir.AttributeType.TENSORS:
+                yield from attribute.as_tensors()
 
 
 def _with_embedded_weights(model: ir.Model) -> ir.Model:
@@ -111,6 +130,10 @@ def _parse(path: pathlib.Path, limits: LoadLimits) -> onnx.ModelProto:
         )
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise QatError(
+            ErrorCode.MODEL_NOT_FOUND, f"The model file cannot be read: {error.strerror}."
+        ) from error
     except google.protobuf.message.DecodeError as error:
         raise QatError(
             ErrorCode.MODEL_NOT_ONNX, "The file is not an ONNX model, or it is cut short."

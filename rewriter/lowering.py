@@ -25,7 +25,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, is_fake_quantize_bias, read, read_bias
+from rewriter.initializers import add_initializer, initializer_array
 from rewriter.names import FreeNames
+from rewriter.operators import is_constant
 
 Saturation = Literal["before", "between"]
 
@@ -107,9 +109,8 @@ class _Lowering:
 
     def _shift(self, zero_point: ir.Value) -> ir.Value:
         if zero_point not in self._shifted:
-            assert zero_point.const_value is not None
-            shifted = (zero_point.const_value.numpy().astype(np.int64) + 128).astype(np.uint8)
-            self._shifted[zero_point] = self._initializer(f"{zero_point.name}_uint8", shifted)
+            shifted = (initializer_array(zero_point).astype(np.int64) + 128).astype(np.uint8)
+            self._shifted[zero_point] = self._constant(f"{zero_point.name}_uint8", shifted)
         return self._shifted[zero_point]
 
     def _float_bounds(self, quantizer: FakeQuantize) -> tuple[ir.Value, ir.Value]:
@@ -124,23 +125,22 @@ class _Lowering:
         return self._bounds[key]
 
     def _float_bound(self, quantizer: FakeQuantize, bound: int, label: str) -> ir.Value:
-        scale, zero_point = quantizer.scale, quantizer.zero_point.const_value
-        assert zero_point is not None
-        steps = (bound - zero_point.numpy().astype(np.int64)).astype(np.float32)
+        scale = quantizer.scale
+        steps = (bound - initializer_array(quantizer.zero_point).astype(np.int64)).astype(np.float32)
         shape: list[int] = []
         if quantizer.axis is not None:
             shape = [1] * _rank(quantizer.x)
             shape[quantizer.axis] = -1
             steps = steps.reshape(shape)
             scale = self._along_axis(quantizer, shape)
-        constant = self._initializer(f"{quantizer.scale.name}_{label}_steps", steps)
+        constant = self._constant(f"{quantizer.scale.name}_{label}_steps", steps)
         product = self._node("Mul", [scale, constant], quantizer.scale, label)
         product.outputs[0].shape = constant.shape
         self._graph.insert_before(quantizer.node, product)
         return product.outputs[0]
 
     def _along_axis(self, quantizer: FakeQuantize, shape: list[int]) -> ir.Value:
-        target = self._initializer(f"{quantizer.scale.name}_shape", np.array(shape, np.int64))
+        target = self._constant(f"{quantizer.scale.name}_shape", np.array(shape, np.int64))
         reshape = self._node("Reshape", [quantizer.scale, target], quantizer.scale, "along_axis")
         reshape.outputs[0].shape = None
         self._graph.insert_before(quantizer.node, reshape)
@@ -169,26 +169,16 @@ class _Lowering:
     def _integer(self, number: int, dtype: np.dtype[np.integer]) -> ir.Value:
         if (number, dtype) not in self._integers:
             name = f"{dtype.name}_{number}".replace("-", "minus_")
-            self._integers[number, dtype] = self._initializer(name, np.array(number, dtype))
+            self._integers[number, dtype] = self._constant(name, np.array(number, dtype))
         return self._integers[number, dtype]
 
-    def _initializer(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        name = self._names.take(name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
+    def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        return add_initializer(self._graph, self._names.take(name), array)
 
 
 def _storage(quantizer: FakeQuantize) -> np.dtype[np.integer]:
     """The integer type of the pair: that of the zero point."""
-    assert quantizer.zero_point.const_value is not None
-    dtype: np.dtype[np.integer] = quantizer.zero_point.const_value.numpy().dtype
-    return dtype
+    return initializer_array(quantizer.zero_point).dtype
 
 
 def _saturates(quantizer: FakeQuantize) -> bool:
@@ -198,7 +188,7 @@ def _saturates(quantizer: FakeQuantize) -> bool:
 
 
 def _is_signed_activation(quantizer: FakeQuantize) -> bool:
-    return quantizer.x.const_value is None and quantizer.axis is None and _storage(quantizer) == np.int8
+    return not is_constant(quantizer.x) and quantizer.axis is None and _storage(quantizer) == np.int8
 
 
 def _with_axis(node: ir.Node, axis: int | None) -> ir.Node:

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.recipe import Recipe
+from rewriter.recipe import LossKind, OptimizerName, Recipe
 
 SCHEMA_VERSION: Final = 1
 
@@ -17,11 +17,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Section):
-    """The uploaded model file."""
+class Digest(_Section):
+    """What tells a file's content."""
 
     sha256: str
     bytes: int
+
+
+class FileEntry(Digest):
+    """A file, by its name or its path relative to the one that refers to it."""
+
+    name: str
+
+
+class Source(Digest):
+    """The float model's file, and the files with external data that it refers to."""
+
+    external_data: tuple[FileEntry, ...]
 
 
 class Normalization(_Section):
@@ -101,7 +113,10 @@ class FrozenEntry(_Section):
 
 
 class Target(_Section):
-    """The input that the loss adds: `labels` (int64) or `targets` (float32); -1 is a dynamic dimension."""
+    """The input that the loss adds: `labels` (int64) or `targets` (float32).
+
+    `shape`: sizes; a dynamic dimension is its name, or null where it has none.
+    """
 
     name: str
     dtype: str
@@ -124,21 +139,15 @@ class Training(_Section):
     """
 
     loss: str
-    loss_kind: str
+    loss_kind: LossKind
     output: str
     attached_to: str
     target: Target | None
     inputs: tuple[str, ...]
     eval_outputs: tuple[str, ...]
-    optimizer: str
+    optimizer: OptimizerName
     trainable: tuple[str, ...]
     scales: Literal["exp", "fixed"]
-
-
-class FileEntry(_Section):
-    name: str
-    sha256: str
-    bytes: int
 
 
 class Manifest(_Section):
@@ -147,7 +156,7 @@ class Manifest(_Section):
     schema_version: Literal[1] = SCHEMA_VERSION
     recipe: Recipe
     source: Source
-    calibration: Source | None
+    calibration: Digest | None
     versions: dict[str, str]
     normalization: Normalization
     quantizers: tuple[QuantizerEntry, ...]
@@ -177,7 +186,5 @@ class Manifest(_Section):
             where = ".".join(str(part) for part in first["loc"])
             raise QatError(
                 ErrorCode.BUNDLE_INVALID,
-                f"manifest.json is not a manifest of schema version {SCHEMA_VERSION}: "
-                f"{where}: {first['msg']}.",
-                file="manifest.json",
+                f"This is no manifest of schema version {SCHEMA_VERSION}: {where}: {first['msg']}.",
             ) from error

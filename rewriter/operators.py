@@ -13,8 +13,12 @@ from typing import Final, Literal
 import onnx_ir as ir
 
 from rewriter.fake_quantize import is_fake_quantize, is_fake_quantize_bias
+from rewriter.initializers import constant_array
 
 Kind = Literal["layer", "arithmetic", "pooling", "movement", "pointwise", "reduction"]
+
+# Of a node and its weight, an input of it: the output-channel axis, or None and the reason.
+OutputAxis = Callable[[ir.Node, int, ir.Value], tuple[int | None, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Traits:
         data_inputs: how many inputs, from `data` on, carry activations; None: all of them.
         weight: position of the weight; a MatMul's may be on either side, see `weight_operand`.
         bias: position of the optional bias.
+        output_axis: for "layer": output-channel axis of the weight at an input, or None and the reason.
         only_moves: for "movement": whether this node really only moves data.
     """
 
@@ -38,17 +43,18 @@ class Traits:
     data_inputs: int | None = 1
     weight: int | None = None
     bias: int | None = None
+    output_axis: OutputAxis = lambda node, index, weight: (None, "it has no weight")
     only_moves: Callable[[ir.Node], bool] = lambda node: True
 
 
 def traits_of(node: ir.Node) -> Traits | None:
     """Traits of a node of the standard operator set, None when the table does not have its type."""
-    return OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    return OPERATORS.get(node.op_type) if node.domain == "" else None
 
 
 def is_operator(node: ir.Node | None, *op_types: str) -> bool:
     """Whether the node is one of these standard operators."""
-    return node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx")
+    return node is not None and node.op_type in op_types and node.domain == ""
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -92,28 +98,8 @@ def weight_operand(node: ir.Node) -> WeightOperand | None:
     for index in (1, 0) if node.op_type == "MatMul" else (traits.weight,):
         operand = node.inputs[index] if index < len(node.inputs) else None
         if operand is not None and is_constant(value := unquantized(operand)):
-            return WeightOperand(index, value, *_output_axis(node, index, value))
+            return WeightOperand(index, value, *traits.output_axis(node, index, value))
     return None
-
-
-def _output_axis(node: ir.Node, index: int, weight: ir.Value) -> tuple[int | None, str]:
-    """Output-channel axis of a weight, or None and the reason."""
-    rank = None if weight.shape is None else len(weight.shape)
-    match node.op_type:
-        case "Conv":
-            return 0, ""
-        case "ConvTranspose":
-            # [C_in, C_out / group, ...]: the channels of all groups lie along two axes.
-            if node.attributes.get_int("group", 1) != 1:
-                return None, "a grouped transposed convolution has no single output-channel axis"
-            return 1, ""
-        case "Gemm":
-            return (0 if node.attributes.get_int("transB", 0) else 1), ""
-        case "MatMul" if rank != 2:
-            # onnxruntime's QLinearMatMul fails on a 1-D scale of a batched weight.
-            return None, f"a matrix product with a weight of rank {rank} takes one scale only"
-        case _:
-            return index, ""  # [K, N] on the right, [M, K] on the left
 
 
 def movement_inputs(node: ir.Node, traits: Traits) -> list[ir.Value]:
@@ -141,14 +127,39 @@ def _pads_with_grid_values(node: ir.Node) -> bool:
     value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is None:
         return True
-    return value.const_value is not None and bool((value.const_value.numpy() == 0).all())
+    constant = constant_array(value)
+    return constant is not None and bool((constant == 0).all())
+
+
+def _conv_axis(node: ir.Node, index: int, weight: ir.Value) -> tuple[int | None, str]:
+    return 0, ""  # [C_out, C_in / group, ...]
+
+
+def _conv_transpose_axis(node: ir.Node, index: int, weight: ir.Value) -> tuple[int | None, str]:
+    # [C_in, C_out / group, ...]: the channels of all groups lie along two axes.
+    if node.attributes.get_int("group", 1) != 1:
+        return None, "a grouped transposed convolution has no single output-channel axis"
+    return 1, ""
+
+
+def _gemm_axis(node: ir.Node, index: int, weight: ir.Value) -> tuple[int | None, str]:
+    return (0 if node.attributes.get_int("transB", 0) else 1), ""
+
+
+def _matmul_axis(node: ir.Node, index: int, weight: ir.Value) -> tuple[int | None, str]:
+    # [K, N] on the right, [M, K] on the left.
+    rank = None if weight.shape is None else len(weight.shape)
+    if rank == 2:
+        return index, ""
+    # onnxruntime's QLinearMatMul fails on a 1-D scale of a batched weight.
+    return None, f"a matrix product with a weight of rank {rank} takes one scale only"
 
 
 _LAYERS: Final = {
-    "Conv": Traits("layer", weight=1, bias=2),
-    "ConvTranspose": Traits("layer", weight=1, bias=2),
-    "Gemm": Traits("layer", weight=1, bias=2),
-    "MatMul": Traits("layer", weight=1),
+    "Conv": Traits("layer", weight=1, bias=2, output_axis=_conv_axis),
+    "ConvTranspose": Traits("layer", weight=1, bias=2, output_axis=_conv_transpose_axis),
+    "Gemm": Traits("layer", weight=1, bias=2, output_axis=_gemm_axis),
+    "MatMul": Traits("layer", weight=1, output_axis=_matmul_axis),
 }
 
 _MOVEMENT: Final = {

@@ -14,9 +14,10 @@ from rewriter import manifest_sections as sections
 from rewriter.calibration import calibrate
 from rewriter.fold.batch_norm import FoldReport, fold_batch_norms
 from rewriter.insertion import insert
-from rewriter.load import load, save
+from rewriter.installation import training_build
+from rewriter.load import external_data_files, load, save
 from rewriter.lowering import lower
-from rewriter.manifest import Manifest, Normalization
+from rewriter.manifest import Manifest, Normalization, Source
 from rewriter.normalize import normalize
 from rewriter.placement import place
 from rewriter.progress import Progress, silent
@@ -50,9 +51,11 @@ def prepare(
     """
     recipe = recipe or Recipe()
     recipe.require_supported()
+    training_build()  # its absence is said before the work, not after it
     with bundles.new_directory(output, replace=replace) as folder:
         progress("load", 0.0)
         graph = load(model)
+        source = _source(model, external_data_files(graph))
         progress("load", 1.0)
 
         progress("normalize", 0.0)
@@ -61,7 +64,9 @@ def prepare(
         progress("normalize", 1.0)
 
         plan = place(graph, recipe)
-        parameters = calibrate(graph, plan, recipe, calibration, progress=progress)
+        parameters = calibrate(
+            graph, plan, recipe, calibration, statistics=folding.statistics, progress=progress
+        )
         parameters |= _existing_parameters(graph.graph, plan)
         insert(graph, plan, parameters)
 
@@ -73,8 +78,8 @@ def prepare(
         written = sorted(path for path in folder.iterdir() if path.is_file())
         manifest = Manifest(
             recipe=recipe,
-            source=bundles.describe_source(model),
-            calibration=None if calibration is None else bundles.describe_source(calibration),
+            source=source,
+            calibration=None if calibration is None else bundles.describe(calibration),
             versions=_versions(),
             normalization=Normalization.model_validate(dataclasses.asdict(normalization)),
             quantizers=sections.quantizers(plan, parameters, training),
@@ -89,6 +94,11 @@ def prepare(
         (folder / bundles.MANIFEST).write_bytes(manifest.to_json())
         progress("write", 1.0)
     return manifest
+
+
+def _source(model: pathlib.Path, external_data: list[str]) -> Source:
+    files = tuple(bundles.describe_file(model.parent / name, name) for name in external_data)
+    return Source(**dict(bundles.describe(model)), external_data=files)
 
 
 def _existing_parameters(graph: ir.Graph, plan: Plan) -> dict[str, QuantizerParameters]:

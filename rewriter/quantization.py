@@ -9,7 +9,7 @@ its `QuantizerParameters`; insertion carries the plan out. The manifest and the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -46,12 +46,6 @@ class IntegerRange:
     def dtype(self) -> np.dtype[np.integer]:
         """The smallest ONNX integer type of opset 13..18 QuantizeLinear that holds the range."""
         return np.dtype(np.uint8) if self.qmin >= 0 else np.dtype(np.int8)
-
-    @property
-    def saturates(self) -> bool:
-        """True where QuantizeLinear's own saturation to `dtype` does not stop at [qmin, qmax]."""
-        info = np.iinfo(self.dtype)
-        return (self.qmin, self.qmax) != (info.min, info.max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +133,9 @@ class QuantizerParameters:
 
 ParametersByQuantizer = Mapping[str, QuantizerParameters]
 
+# Mean and standard deviation per channel of tensors that batch norm normalized, by tensor name.
+Statistics = Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+
 
 def quantize(
     x: FloatArray, scale: FloatArray, zero_point: IntegerArray, range_: IntegerRange, axis: int | None = None
@@ -165,7 +162,7 @@ def parameters_from_range(
 
     The range is first extended to contain 0. Symmetric: zero point 0 and the scale that covers the larger
     side; asymmetric: scale = (high - low) / (qmax - qmin), zero point = round(qmin - low / scale).
-    A range of zero width gets the smallest scale of `minimum_scale`.
+    The scale is at least `MINIMUM_SCALE`: a range of zero width gets that.
     """
     lo = np.minimum(np.asarray(low, np.float64), 0.0)
     hi = np.maximum(np.asarray(high, np.float64), 0.0)
@@ -191,7 +188,3 @@ def _along(parameter: npt.NDArray[_Number], rank: int, axis: int | None) -> npt.
     shape = [1] * rank
     shape[axis] = -1
     return parameter.reshape(shape)
-
-
-def by_name(quantizers: Sequence[Quantizer]) -> dict[str, Quantizer]:
-    return {quantizer.name: quantizer for quantizer in quantizers}

@@ -16,6 +16,9 @@ from rewriter.errors import ErrorCode, QatError
 WeightBits = Annotated[int, Field(ge=2, le=8)]
 ActivationBits = Annotated[int, Field(ge=2, le=16)]
 LossName = Literal["cross_entropy", "mse", "bce_with_logits", "l1"]
+# "graph": the model computes its loss itself.
+LossKind = LossName | Literal["graph"]
+OptimizerName = Literal["adamw", "sgd"]
 
 
 class _Section(BaseModel):
@@ -73,7 +76,7 @@ class Recipe(_Section):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     loss: LossName | GraphLoss = "cross_entropy"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     frozen: tuple[str, ...] = Field(default=(), description="name prefixes of parameters not to train")
 
     @model_validator(mode="after")

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
+from rewriter.operators import OPERATORS
+
 
 @dataclasses.dataclass(frozen=True)
 class TargetPolicy:
@@ -43,14 +45,9 @@ _ONNXRUNTIME: Final = TargetPolicy(
     ),
     fused_activations=frozenset(("Relu", "Clip")),
     fuses_bias_add=True,
-    shares_range=frozenset(
-        (
-            "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape",
-            "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
-        )
-    ),
+    shares_range=frozenset(op for op, traits in OPERATORS.items() if traits.kind == "movement"),
     quantizes_outputs=True,
     writes_float=frozenset(("Gemm", "MatMul")),
-)  # fmt: skip
+)
 
 TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME}

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 
 from rewriter.cli import app
-from service.settings import Settings
 
 __all__ = ["app"]
 
@@ -28,7 +26,10 @@ def serve(
 ) -> None:
     """Serve the HTTP API. Further settings come from the environment (ONNX_QAT_...)."""
     # Imported late: the other commands need nothing of the web framework.
+    import uvicorn
+
     from service.app import create_app
+    from service.settings import Settings
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
     uvicorn.run(

@@ -24,15 +24,16 @@ import onnx_ir as ir
 
 from rewriter.calibration.activations import MEMORY_LIMIT, observe
 from rewriter.calibration.bias import make_room_for_biases
-from rewriter.calibration.known_ranges import Statistics, known_ranges
+from rewriter.calibration.known_ranges import known_ranges
 from rewriter.calibration.npz import NpzSamples, Samples
 from rewriter.calibration.observers import Extremes
 from rewriter.calibration.random_samples import RandomSamples
 from rewriter.calibration.ranges import Range, choose_range, new_observer
 from rewriter.calibration.weights import weight_parameters
 from rewriter.errors import ErrorCode, QatError
+from rewriter.initializers import initializer_array
 from rewriter.progress import Progress, silent
-from rewriter.quantization import Plan, Quantizer, QuantizerParameters, parameters_from_range
+from rewriter.quantization import Plan, Quantizer, QuantizerParameters, Statistics, parameters_from_range
 from rewriter.recipe import Recipe
 
 __all__ = ["NpzSamples", "Samples", "Statistics", "calibrate"]
@@ -162,9 +163,7 @@ def _observed(quantizer: Quantizer) -> list[str]:
 
 
 def _constant(graph: ir.Graph, name: str) -> npt.NDArray[Any]:
-    constant = graph.initializers[name].const_value
-    assert constant is not None
-    values: npt.NDArray[Any] = constant.numpy()
+    values = initializer_array(graph.initializers[name])
     # min and max propagate NaN, and neither makes a copy.
     if values.size and not np.isfinite([values.min(), values.max()]).all():
         raise QatError(ErrorCode.MODEL_INVALID, f"The weight {name!r} holds NaN or infinity; repair it.")

@@ -12,6 +12,7 @@ from rewriter.calibration.npz import Samples
 from rewriter.calibration.observers import Extremes, NotFiniteError
 from rewriter.calibration.session import TensorSession
 from rewriter.errors import ErrorCode, QatError
+from rewriter.initializers import initializer_array
 from rewriter.names import FreeNames
 from rewriter.progress import Progress
 
@@ -45,7 +46,7 @@ def observe(
     fed = {name: observer for name, observer in observers.items() if name in inputs}
     for name, observer in observers.items():
         if name not in inputs and name in model.graph.initializers:
-            _update(observer, _constant(model.graph.initializers[name]), name, "the model")
+            _update(observer, initializer_array(model.graph.initializers[name]), name, "the model")
     computed = [name for name in observers if name not in inputs and name not in model.graph.initializers]
 
     first = next(iter(samples.batches(1)), {})
@@ -110,11 +111,6 @@ def _update(observer: Extremes, values: npt.NDArray[Any], name: str, samples: st
             f"Tensor {name!r} holds NaN or infinity on {samples}, so that it has no range; leave the nodes "
             "that read it out with an override (quantize: false).",
         ) from error
-
-
-def _constant(value: ir.Value) -> npt.NDArray[Any]:
-    assert value.const_value is not None
-    return value.const_value.numpy()
 
 
 def _count(batch: Mapping[str, npt.NDArray[Any]]) -> int:

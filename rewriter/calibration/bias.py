@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rewriter.initializers import constant_array
 from rewriter.operators import traits_of
 from rewriter.quantization import Plan, QuantizerParameters
 
@@ -63,9 +64,8 @@ def _raised(
 
 def _constant(node: ir.Node, index: int) -> npt.NDArray[np.float64] | None:
     value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy().astype(np.float64).reshape(-1)
+    array = constant_array(value)
+    return None if array is None else array.astype(np.float64).reshape(-1)
 
 
 def _name(value: ir.Value | None) -> str:

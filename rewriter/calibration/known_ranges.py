@@ -14,8 +14,9 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.initializers import constant_array
 from rewriter.operators import movement_inputs, traits_of
-from rewriter.quantization import FloatArray
+from rewriter.quantization import Statistics
 
 # Clipping points, in standard deviations, with the least expected squared quantization error of normally
 # distributed values, by bits (Banner et al. 2019, "Post training 4-bit quantization", ACIQ).
@@ -28,9 +29,6 @@ _STANDARD_DEVIATIONS: Final[Mapping[int, float]] = {
     7: 3.61,
     8: 3.92,
 }
-
-# Mean and standard deviation per channel of a tensor that batch norm normalized, by tensor name.
-Statistics = Mapping[str, tuple[FloatArray, FloatArray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def known_ranges(graph: ir.Graph, statistics: Statistics, bits: int) -> dict[str
 
 def _range_of(node: ir.Node, ranges: Mapping[str, KnownRange]) -> KnownRange | None:
     traits = traits_of(node)
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain != "":
         return None
     if node.op_type in _BOUNDED:
         return KnownRange(*_BOUNDED[node.op_type], from_statistics=False)
@@ -121,8 +119,8 @@ def _same(node: ir.Node, x: KnownRange | None) -> KnownRange | None:
 
 def _scalar(node: ir.Node, index: int) -> float | None:
     value = node.inputs[index] if index < len(node.inputs) else None
-    constant = value.const_value if value is not None else None
-    return float(constant.numpy().reshape(())) if constant is not None and constant.size == 1 else None
+    constant = constant_array(value)
+    return float(constant.reshape(())) if constant is not None and constant.size == 1 else None
 
 
 _BOUNDED: Final[Mapping[str, tuple[float, float]]] = {

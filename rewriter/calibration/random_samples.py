@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.calibration.npz import Batch, static_size
+from rewriter.operators import is_constant
 
 _COUNT: Final = 4
 _SEED: Final = 0
@@ -56,7 +57,6 @@ def _table_rows(value: ir.Value) -> int | None:
     rows = []
     for use in value.uses():
         table = use.node.inputs[0] if use.node.op_type == "Gather" and use.idx == 1 else None
-        if table is not None and table.const_value is not None:
-            axis = use.node.attributes.get("axis")
-            rows.append(table.const_value.numpy().shape[0 if axis is None else axis.as_int()])
+        if table is not None and is_constant(table) and table.shape is not None:
+            rows.append(table.shape.numpy()[use.node.attributes.get_int("axis", 0)])
     return min(rows, default=None)

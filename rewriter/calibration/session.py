@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import pathlib
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from rewriter.errors import ErrorCode, QatError
+from rewriter import inference
 from rewriter.fake_quantize import is_fake_quantize
 from rewriter.lowering import lower
 
 # Adds nodes that compute from the chosen tensors what is wanted of them, and returns their outputs.
 Outputs = Callable[[ir.Model, Sequence[ir.Value]], Sequence[ir.Value]]
-
-_LONGEST_MESSAGE: Final = 400
 
 
 class TensorSession:
@@ -63,33 +60,12 @@ class TensorSession:
         Raises:
             QatError: `run_failed`, naming the node if onnxruntime does.
         """
-        try:
-            results: list[npt.NDArray[Any]] = self._session.run(
-                self._names, {name: values for name, values in feed.items() if name in self._inputs}
-            )
-        except Exception as error:  # onnxruntime raises several classes that have only this one in common
-            raise run_failed(f"onnxruntime could not run the model on {samples}", error) from error
-        return results
-
-
-def run_failed(what: str, error: Exception) -> QatError:
-    """The `run_failed` error of an onnxruntime exception: its message shortened, its node as a field."""
-    text = " ".join(str(error).split())
-    node = re.search(r"Name: ?'([^']+)'", text) or re.search(r"[Nn]ode \(([^)]+)\)", text)
-    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
-    message = re.sub(r"/\S*/(onnxruntime/core/)", r"\1", message)  # paths of the machine it was built on
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[: _LONGEST_MESSAGE - 3] + "..."
-    return QatError(ErrorCode.RUN_FAILED, f"{what}: {message}", node=node.group(1) if node else None)
+        wanted = {name: values for name, values in feed.items() if name in self._inputs}
+        return inference.run(self._session, self._names, wanted, samples)
 
 
 def _start(model: ir.Model) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors arrive as exceptions
     with tempfile.TemporaryDirectory(prefix="onnx-qat-") as folder:
         path = pathlib.Path(folder, "model.onnx")
         ir.save(model, path, external_data="weights")
-        try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # see run
-            raise run_failed("onnxruntime does not take the model", error) from error
+        return inference.open_session(path)

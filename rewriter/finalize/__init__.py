@@ -23,7 +23,7 @@ from rewriter.finalize.verification import (
 )
 from rewriter.finalize.weights import quantize_weights
 from rewriter.fold.activations import absorb_activations
-from rewriter.load import load, save
+from rewriter.load import load_from_bundle, save
 from rewriter.lowering import lower
 from rewriter.manifest import FileEntry
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
@@ -37,7 +37,8 @@ class FinalizeReport(BaseModel):
     """What came out of `finalize`.
 
     Attributes:
-        file: name, digest and size of the int8 model.
+        files: name, digest and size of the int8 model, and of the file with its weights if they are too
+            large for one.
         layer_kernels: how many convolutions and matrix products onnxruntime runs, by kernel, with all
             optimizations on.
         agreement: the comparison with the trained model, when samples were given.
@@ -45,7 +46,7 @@ class FinalizeReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    file: FileEntry
+    files: tuple[FileEntry, ...]
     integer_weights: int
     layer_kernels: dict[str, int]
     agreement: Agreement | None
@@ -56,7 +57,8 @@ class FinalizeReport(BaseModel):
         integer = sum(n for op, n in self.layer_kernels.items() if op in INTEGER_KERNELS)
         left = {op: n for op, n in self.layer_kernels.items() if op in FLOAT_KERNELS}
         lines = [
-            f"{self.file.name}: {self.file.bytes} bytes, {self.integer_weights} integer weights",
+            f"{self.files[0].name}: {sum(file.bytes for file in self.files)} bytes, "
+            f"{self.integer_weights} integer weights",
             f"onnxruntime runs {integer} layers with integer kernels"
             + (f", {sum(left.values())} in float ({left})" if left else ", none in float"),
         ]
@@ -83,6 +85,7 @@ def finalize(
     Args:
         bundle: bundle directory.
         output: ONNX file to write; it appears whole or not at all, and replaces one of the same name.
+            Weights of more than 1.8 GiB go to `{output}.data`.
         checkpoint: trained checkpoint; None: the latest in the bundle.
         verify: npz of samples on which the result is compared with the trained fake-quantized model.
 
@@ -91,7 +94,7 @@ def finalize(
     """
     manifest = bundles.read_manifest(bundle)
     progress("load", 0.0)
-    model = load(bundle / bundles.QAT_MODEL)
+    model = load_from_bundle(bundle / bundles.QAT_MODEL)
     RaiseQuantizePairs()(model)
     RemoveUnusedNodesPass()(model)
     apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle)))
@@ -113,16 +116,16 @@ def finalize(
         integer_weights = quantize_weights(model)
         lower(model, saturation="between")
         RemoveUnusedNodesPass()(model)
-        save(model, staging)
+        files = save(model, staging)
         progress("quantize", 1.0)
 
         progress("verify", 0.0)
         kernels = count_layer_kernels(staging)
         agreement = None if samples is None else compare(reference, staging, samples, steps)
         progress("verify", 1.0)
-        description = bundles.describe_source(staging)
+        entries = tuple(bundles.describe_file(path) for path in files)
     return FinalizeReport(
-        file=FileEntry(name=output.name, sha256=description.sha256, bytes=description.bytes),
+        files=entries,
         integer_weights=integer_weights,
         layer_kernels=kernels,
         agreement=agreement,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.fake_quantize import FakeQuantizeBias, is_fake_quantize_bias, read_bias
+from rewriter.initializers import add_initializer, initializer_array
 from rewriter.names import FreeNames
 
 # Half of int32: the other half is left to the accumulated products.
@@ -39,8 +39,9 @@ def quantize_biases(model: ir.Model) -> list[RaisedScale]:
 
 
 def _make_room(bias: FakeQuantizeBias) -> RaisedScale | None:
-    weight_scale = _array(bias.weight_scale)
-    needed = np.abs(_array(bias.bias)).reshape(-1) / (_array(bias.x_scale) * np.float64(LARGEST_BIAS))
+    weight_scale = initializer_array(bias.weight_scale)
+    magnitude = np.abs(initializer_array(bias.bias)).reshape(-1)
+    needed = magnitude / (initializer_array(bias.x_scale) * np.float64(LARGEST_BIAS))
     if weight_scale.ndim == 0:
         needed = needed.max()
     too_small = weight_scale < needed
@@ -53,14 +54,14 @@ def _make_room(bias: FakeQuantizeBias) -> RaisedScale | None:
 
 def _quantize(bias: FakeQuantizeBias, graph: ir.Graph, names: FreeNames) -> None:
     # In float32, as the trained model does it, so that ties fall on the same side.
-    step = _array(bias.x_scale) * _array(bias.weight_scale)
-    values = _array(bias.bias).reshape(-1)
+    step = initializer_array(bias.x_scale) * initializer_array(bias.weight_scale)
+    values = initializer_array(bias.bias).reshape(-1)
     integers = np.rint(values / step).astype(np.int32)
     stem = names.take(f"{bias.bias.name}_int32")
     inputs = [
-        _initializer(graph, stem, integers),
-        _initializer(graph, names.take(f"{stem}_scale"), step),
-        _initializer(graph, names.take(f"{stem}_zero_point"), np.zeros(step.shape, np.int32)),
+        add_initializer(graph, stem, integers),
+        add_initializer(graph, names.take(f"{stem}_scale"), step),
+        add_initializer(graph, names.take(f"{stem}_zero_point"), np.zeros(step.shape, np.int32)),
     ]
     output = ir.Value(
         name=names.take(f"{stem}_dequantized"),
@@ -79,20 +80,3 @@ def _quantize(bias: FakeQuantizeBias, graph: ir.Graph, names: FreeNames) -> None
     )
     # A Gemm's [1, C] is [C] now.
     output.shape = ir.Shape(integers.shape)
-
-
-def _array(value: ir.Value) -> npt.NDArray[np.float32]:
-    assert value.const_value is not None
-    array: npt.NDArray[np.float32] = value.const_value.numpy()
-    return array
-
-
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    graph.register_initializer(value)
-    return value

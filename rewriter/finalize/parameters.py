@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
 from rewriter.manifest import Manifest
+from rewriter.training.checkpoint import require_shape
 from rewriter.training.scales import trained_scales
 
 
@@ -19,49 +21,41 @@ def apply_checkpoint(
     """Replace the weights and scales of `model`, in place, by those of a checkpoint.
 
     Raises:
-        QatError: `checkpoint_invalid` when a trained parameter is missing, has another shape, or is not
-            finite.
+        QatError: `checkpoint_invalid` when a trained parameter is missing, has another shape, is not finite
+            or makes a scale that is none; `bundle_invalid` when the manifest and the model do not fit.
     """
-    initializers = model.graph.initializers
     scale_parameters = {
         entry.scale: entry.scale_parameter for entry in manifest.quantizers if entry.scale_parameter
     }
     values: dict[str, npt.NDArray[np.float32]] = {}
-    for name in manifest.training.trainable:
-        if name not in parameters:
-            raise QatError(
-                ErrorCode.CHECKPOINT_INVALID,
-                f"The checkpoint has no parameter {name!r}: it belongs to another bundle.",
-                field=name,
-            )
-        if not np.isfinite(parameters[name]).all():
-            raise QatError(
-                ErrorCode.CHECKPOINT_INVALID,
-                f"The trained parameter {name!r} is not finite: training diverged. Use a smaller learning "
-                "rate or an earlier checkpoint.",
-                field=name,
-            )
-        if name in initializers:
-            values[name] = parameters[name]
-    initial = {scale: _numpy(initializers, scale) for scale in scale_parameters}
+    for name in set(manifest.training.trainable) - set(scale_parameters.values()):
+        values[name] = require_shape(parameters, name, _initial(model, name).shape)
+        _require_finite(values[name], name)
+    initial = {scale: _initial(model, scale) for scale in scale_parameters}
     values.update(trained_scales(parameters, initial, scale_parameters))
     for name, value in values.items():
-        known = initializers.get(name)
-        if known is None or known.shape is None or tuple(known.shape) != value.shape:
-            raise QatError(
-                ErrorCode.CHECKPOINT_INVALID,
-                f"The parameter {name!r} has the shape {list(value.shape)} in the checkpoint and "
-                f"{'none' if known is None else known.shape} in the bundle: it belongs to another bundle.",
-                field=name,
-            )
-        known.const_value = ir.tensor(value, name=name)
+        model.graph.initializers[name].const_value = ir.tensor(value, name=name)
 
 
-def _numpy(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[np.float32]:
-    value = initializers.get(name)
+def _require_finite(value: npt.NDArray[np.float32], name: str) -> None:
+    if not np.isfinite(value).all():
+        raise QatError(
+            ErrorCode.CHECKPOINT_INVALID,
+            f"The trained parameter {name!r} is not finite: training diverged. Use a smaller learning "
+            "rate or an earlier checkpoint.",
+            field=name,
+        )
+
+
+def _initial(model: ir.Model, name: str) -> npt.NDArray[np.float32]:
+    """What the bundle was prepared with."""
+    value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
         raise QatError(
-            ErrorCode.BUNDLE_INVALID, f"qat_model.onnx has no initializer {name!r}.", file="qat_model.onnx"
+            ErrorCode.BUNDLE_INVALID,
+            f"{bundles.QAT_MODEL} has no initializer {name!r}, which {bundles.MANIFEST} lists: prepare the "
+            "bundle again.",
+            file=bundles.QAT_MODEL,
         )
     array: npt.NDArray[np.float32] = value.const_value.numpy()
     return array

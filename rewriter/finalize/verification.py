@@ -14,9 +14,9 @@ from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime
 from pydantic import BaseModel, ConfigDict
 
+from rewriter import inference
 from rewriter.calibration.npz import NpzSamples
 from rewriter.errors import ErrorCode, QatError
 
@@ -58,9 +58,13 @@ def count_layer_kernels(model: pathlib.Path) -> dict[str, int]:
     """Integer and float layer kernels in the graph that onnxruntime runs, all optimizations on."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = pathlib.Path(folder, "optimized.onnx")
-        options = _options()
+        options = inference.session_options()
         options.optimized_model_filepath = str(optimized)
-        _session(model, options)
+        # Beside the graph, which a protobuf of at most 2 GiB holds.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimized.data"
+        )
+        inference.open_session(model, options)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
         counts = collections.Counter(node.op_type for node in nodes)
     return {op: n for op, n in sorted(counts.items()) if op in INTEGER_KERNELS | FLOAT_KERNELS}
@@ -74,11 +78,10 @@ def compare(
     Args:
         steps: quantization step of the outputs that a quantizer writes, by output name.
     """
-    exact = _options()
-    exact.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    expected_session = _session(reference, exact)
-    exact_session = _session(finalized, exact)
-    fast_session = _session(finalized, _options())
+    exact = inference.session_options(optimize=False)
+    expected_session = inference.open_session(reference, exact)
+    exact_session = inference.open_session(finalized, exact)
+    fast_session = inference.open_session(finalized)
     output = next((o for o in expected_session.get_outputs() if o.type == "tensor(float)"), None)
     if output is None:
         raise QatError(ErrorCode.RUN_FAILED, "The model has no float32 output to compare.")
@@ -86,16 +89,11 @@ def compare(
     count, positions, same, largest = 0, 0, 0, 0.0
     low, high = np.inf, -np.inf
     for batch in samples.batches(32):
-        feed = dict(batch)
-        try:
-            expected = expected_session.run([output.name], feed)[0]
-            exact_result = exact_session.run([output.name], feed)[0]
-            fast_result = fast_session.run([output.name], feed)[0]
-        except Exception as error:  # onnxruntime raises several unrelated classes
-            raise QatError(
-                ErrorCode.RUN_FAILED, f"onnxruntime could not run the model on the samples: {error}"
-            ) from error
-        count += len(next(iter(feed.values())))
+        expected, exact_result, fast_result = (
+            inference.run(session, [output.name], batch)[0]
+            for session in (expected_session, exact_session, fast_session)
+        )
+        count += len(next(iter(batch.values())))
         if expected.size:
             largest = max(largest, float(np.max(np.abs(expected - exact_result))))
             low, high = min(low, float(expected.min())), max(high, float(expected.max()))
@@ -110,18 +108,3 @@ def compare(
         largest_difference=largest,
         step=steps.get(output.name, (high - low) / 255 if high > low else 0.0),
     )
-
-
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return options
-
-
-def _session(model: pathlib.Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises several unrelated classes
-        raise QatError(
-            ErrorCode.RUN_FAILED, f"onnxruntime does not load the model: {error}", file=model.name
-        ) from error

@@ -19,7 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, read
-from rewriter.operators import is_constant, is_operator
+from rewriter.initializers import constant_array
+from rewriter.operators import is_operator
 from rewriter.quantization import IntegerRange, quantize
 
 
@@ -52,16 +53,17 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
     for index, value in enumerate(node.inputs[1:]):
         if value is None:
             continue
-        if not is_constant(value) or value.const_value is None:
+        bound = constant_array(value)
+        if bound is None:
             return None
-        bounds[index] = float(value.const_value.numpy().reshape(()))
+        bounds[index] = float(bound.reshape(()))
     return bounds[0], bounds[1]
 
 
 def _narrowed(quantizer: FakeQuantize, low: float, high: float) -> IntegerRange | None:
-    scale, zero_point = quantizer.scale.const_value, quantizer.zero_point.const_value
+    scale, zero_point = constant_array(quantizer.scale), constant_array(quantizer.zero_point)
     if quantizer.axis is not None or scale is None or zero_point is None or low > high:
         return None
-    ends = quantize(np.array([low, high], np.float32), scale.numpy(), zero_point.numpy(), quantizer.range)
+    ends = quantize(np.array([low, high], np.float32), scale, zero_point, quantizer.range)
     qmin, qmax = (int(end) for end in ends)
     return IntegerRange(qmin, qmax) if qmin < qmax else None

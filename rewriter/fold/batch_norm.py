@@ -24,8 +24,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.fold.channel_scale import merge_channel_scales
+from rewriter.initializers import add_initializer, initializer_array
 from rewriter.names import FreeNames
 from rewriter.operators import WeightOperand, is_constant, is_operator, weight_operand
+from rewriter.quantization import Statistics
 
 _Float64 = npt.NDArray[np.float64]
 
@@ -51,10 +53,16 @@ class Left:
 
 @dataclasses.dataclass(frozen=True)
 class FoldReport:
-    """What folding did, in graph order."""
+    """What folding did, in graph order.
+
+    Attributes:
+        statistics: mean and standard deviation per channel, beta and |gamma|, of what batch norms gave in
+            training, folded and left ones; float64, shape [channels], by the name that the tensor has now.
+    """
 
     folded: tuple[Folded, ...] = ()
     left: tuple[Left, ...] = ()
+    statistics: Statistics = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +85,27 @@ def fold_batch_norms(model: ir.Model) -> FoldReport:
     merge_channel_scales(model)
     pairs, left = match_batch_norms(model)
     folding = _Folding(model)
-    for pair in pairs:
-        folding.fold(pair)
+    statistics = _statistics(model.graph)
+    outputs = {pair.batch_norm: folding.fold(pair) for pair in pairs}
     folding.finish()
     return FoldReport(
         folded=tuple(
             Folded(pair.batch_norm.name or "", pair.layer.name or "", pair.layer.op_type) for pair in pairs
         ),
         left=tuple(left),
+        statistics={
+            outputs.get(node, node.outputs[0]).name or "": known for node, known in statistics.items()
+        },
     )
+
+
+def _statistics(graph: ir.Graph) -> dict[ir.Node, tuple[_Float64, _Float64]]:
+    """Beta and |gamma| of every batch norm that is an affine function with known constants."""
+    return {
+        node: (_float64(node.inputs[2]), np.abs(_float64(node.inputs[1])))
+        for node in graph
+        if is_operator(node, "BatchNormalization") and _why_not_constant(node, graph) is None
+    }
 
 
 def match_batch_norms(model: ir.Model) -> tuple[list[BatchNormPair], list[Left]]:
@@ -151,8 +171,8 @@ def _makes_channels(layer: ir.Node, weight: WeightOperand) -> bool:
 
 
 def _channels(layer: ir.Node, weight: WeightOperand) -> int:
-    assert weight.value.const_value is not None
-    shape = weight.value.const_value.shape.numpy()
+    assert weight.value.shape is not None
+    shape = weight.value.shape.numpy()
     if layer.op_type == "ConvTranspose":
         return shape[1] * layer.attributes.get_int("group", 1)
     assert weight.axis is not None
@@ -171,7 +191,8 @@ class _Folding:
         self._weights: dict[tuple[object, ...], ir.Value] = {}
         self._replaced: dict[ir.Value, list[ir.Value]] = {}
 
-    def fold(self, pair: BatchNormPair) -> None:
+    def fold(self, pair: BatchNormPair) -> ir.Value:
+        """Returns the value that takes the place of the batch norm's result."""
         factor, shift = pair.factor_and_shift()
         layer, batch_norm = pair.layer, pair.batch_norm
         layer.replace_input_with(pair.weight.index, self._folded_weight(pair, factor))
@@ -182,6 +203,7 @@ class _Folding:
         else:
             layer = self._with_add(layer, shift)
         self._take_over(batch_norm, layer.outputs[0])
+        return layer.outputs[0]
 
     def finish(self) -> None:
         """Drop what nothing reads any more; a weight's only replacement gets its name."""
@@ -245,15 +267,7 @@ class _Folding:
                 self._graph.initializers.pop(value.name or "", None)
 
     def _initializer(self, name: str, array: _Float64) -> ir.Value:
-        name = self._names.take(name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.FLOAT),
-            const_value=ir.tensor(array.astype(np.float32), name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, self._names.take(name), array.astype(np.float32))
 
 
 def _scaled(weight: _Float64, factor: _Float64, axis: int | None, group: int) -> _Float64:
@@ -276,6 +290,4 @@ def _rows(bias: _Float64) -> _Float64:
 
 
 def _float64(value: ir.Value | None) -> _Float64:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy().astype(np.float64)
+    return initializer_array(value).astype(np.float64)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rewriter.initializers import add_initializer, initializer_array
 from rewriter.names import FreeNames
 from rewriter.operators import is_constant, is_operator
 
@@ -76,20 +77,12 @@ def _replace(
 ) -> None:
     old = batch_norm.inputs[index]
     assert old is not None
-    tensor = ir.tensor(array.astype(np.float32))
+    values = array.astype(np.float32)
     if len(old.uses()) == 1 and not old.is_graph_output():
-        tensor.name = old.name
-        old.const_value = tensor
+        old.const_value = ir.tensor(values, name=old.name)
         return
-    name = names.take(f"{old.name}_scaled")
-    tensor.name = name
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    batch_norm.replace_input_with(index, value)
+    batch_norm.replace_input_with(index, add_initializer(graph, names.take(f"{old.name}_scaled"), values))
 
 
 def _array(value: ir.Value) -> npt.NDArray[np.float64]:
-    assert value.const_value is not None
-    return value.const_value.numpy().astype(np.float64)
+    return initializer_array(value).astype(np.float64)

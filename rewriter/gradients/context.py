@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from rewriter.initializers import add_initializer
+from rewriter.names import FreeNames
 
 MICROSOFT = "com.microsoft"
 
@@ -33,25 +35,12 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
     return numbers if len(numbers) == len(dims) else None
 
 
-def constant_of(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The value of an initializer that nothing can change at run time."""
-    if value is None or value.const_value is None or value.is_graph_input():
-        return None
-    array: npt.NDArray[np.generic] = value.const_value.numpy()
-    return array
-
-
 class Builder:
-    """Appends nodes and constants to a graph under names that nothing else there has."""
+    """Appends nodes and constants to a graph under names that are free in it and its subgraphs."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._names: set[str | None] = set(graph.initializers)
-        self._names.update(value.name for value in graph.inputs)
-        for node in graph:
-            self._names.add(node.name)
-            self._names.update(value.name for value in node.outputs)
-        self._counts: collections.Counter[str] = collections.Counter()
+        self.names = FreeNames(graph)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         graph.opset_imports.setdefault(MICROSOFT, 1)
 
@@ -66,9 +55,9 @@ class Builder:
         outputs: tuple[bool, ...] = (True,),
     ) -> tuple[ir.Value, ...]:
         """The outputs of a new node; an output whose flag is False is left out of the node."""
-        name = self.unique(f"{prefix}/{op_type}")
+        name = self.names.take(f"{prefix}/{op_type}")
         values = [
-            ir.Value(name=self.unique(f"{name}_{i}" if i else f"{name}_output") if wanted else "")
+            ir.Value(name=self.names.take(f"{name}_{i}" if i else f"{name}_output") if wanted else "")
             for i, wanted in enumerate(outputs)
         ]
         self._graph.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name))
@@ -78,20 +67,9 @@ class Builder:
         """An initializer; equal constants are one."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            name = self.unique("gradient/constant")
-            value = ir.val(name, const_value=ir.tensor(array, name=name))
-            self._graph.register_initializer(value)
-            self._constants[key] = value
+            name = self.names.take("gradient/constant")
+            self._constants[key] = add_initializer(self._graph, name, array)
         return self._constants[key]
-
-    def unique(self, name: str) -> str:
-        """`name`, numbered where it is taken."""
-        candidate = name
-        while candidate in self._names:
-            self._counts[name] += 1
-            candidate = f"{name}_{self._counts[name]}"
-        self._names.add(candidate)
-        return candidate
 
 
 class Context:
@@ -129,7 +107,7 @@ class Context:
             self.node.resize_outputs(index + 1)
         value = self.node.outputs[index]
         if not value.name:
-            value.name = self._builder.unique(f"{self._prefix}/forward_output_{index}")
+            value.name = self._builder.names.take(f"{self._prefix}/forward_output_{index}")
             value.type = ir.TensorType(dtype)
         return value
 

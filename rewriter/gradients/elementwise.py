@@ -7,8 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context, constant_of, dims_of
+from rewriter.gradients.context import Context, dims_of
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 @rule("Add", inputs=None, any_float=True)
@@ -74,7 +75,7 @@ def where(ctx: Context, dy: ir.Value) -> Gradients:
 def pow_(ctx: Context, dy: ir.Value) -> Gradients:
     """dx = dy * e * x^(e - 1), for an exponent that is not trained."""
     x, exponent = ctx.input(0), ctx.input(1)
-    value = constant_of(exponent)
+    value = constant_array(exponent)
     if value is not None:
         e = value.astype((x.dtype or ir.DataType.FLOAT).numpy())
         if e.size == 1 and e.item() == 2.0:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from rewriter.gradients.context import Context, Dimensions, dims_of, rank_of
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 @rule("Gemm", inputs=None)
@@ -105,6 +106,7 @@ def _product_dims(y: ir.Value, operand: ir.Value) -> Dimensions | None:
 def _rows_of(ctx: Context, value: ir.Value, axis: int) -> ir.Value:
     """The shape [-1, size of `axis`], for Reshape."""
     size = ctx.dimension(value, axis)
-    if size.const_value is not None:
-        return ctx.ints(-1, int(size.const_value.numpy()[0]))
+    known = constant_array(size)
+    if known is not None:
+        return ctx.ints(-1, int(known[0]))
     return ctx.op("Concat", ctx.ints(-1), size, axis=0)

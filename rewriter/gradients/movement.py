@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context, constant_of, dims_of, rank_of
+from rewriter.gradients.context import Context, dims_of, rank_of
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze", any_float=True)
@@ -29,9 +30,9 @@ def concat(ctx: Context, dy: ir.Value) -> Gradients:
     sizes = [ctx.dimension(ctx.input(i), axis) for i in range(len(ctx.needed))]
     if len(sizes) == 1:
         return [dy]
-    known = [size.const_value for size in sizes if size.const_value is not None]
+    known = [array for size in sizes if (array := constant_array(size)) is not None]
     if len(known) == len(sizes):
-        split = ctx.ints(*(int(size.numpy()[0]) for size in known))
+        split = ctx.ints(*(int(array[0]) for array in known))
     else:
         split = ctx.op("Concat", *sizes, axis=0)
     return ctx.ops("Split", dy, split, outputs=(True,) * len(sizes), axis=axis)
@@ -48,7 +49,7 @@ def split(ctx: Context, *dys: ir.Value | None) -> Gradients:
 @rule("Slice")
 def slice_(ctx: Context, dy: ir.Value) -> Gradients:
     x, (starts, ends, axes, steps) = ctx.input(0), (ctx.optional(i) for i in range(1, 5))
-    sizes = constant_of(steps)
+    sizes = constant_array(steps)
     if steps is None or (sizes is not None and bool(np.greater(sizes.astype(np.int64), 0).all())):
         return [ctx.ms("SliceGrad", dy, ctx.shape(x), starts, ends, axes, steps)]
     # SliceGrad fails on most negative steps. The same slice of the elements' positions says where to add.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context, constant_of
+from rewriter.gradients.context import Context
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 @rule("LayerNormalization", inputs=None)
@@ -62,7 +63,7 @@ def _training(node: ir.Node) -> str | None:
     training_mode = node.inputs[2] if len(node.inputs) > 2 else None
     if training_mode is None:
         return None
-    value = constant_of(training_mode)
+    value = constant_array(training_mode)
     if value is None or bool(value.item()):
         return "it may drop elements (training_mode); only the inference form is supported"
     return None

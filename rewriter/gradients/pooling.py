@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context, constant_of
+from rewriter.gradients.context import Context
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 def _unsupported_max_pool(node: ir.Node) -> str | None:
@@ -100,7 +101,7 @@ def _reciprocal_count(ctx: Context, kernel: list[int], strides: list[int], pads:
 def _one_channel(ctx: Context, value: ir.Value) -> ir.Value:
     """The shape [-1, 1, *spatial] of a tensor [N, C, *spatial]."""
     spatial = ctx.shape(value, 2)
-    numbers = constant_of(spatial)
+    numbers = constant_array(spatial)
     if numbers is not None:
         return ctx.ints(-1, 1, *(int(n) for n in numbers))
     return ctx.op("Concat", ctx.ints(-1, 1), spatial, axis=0)

@@ -19,8 +19,9 @@ import onnx_ir as ir
 
 from rewriter import fake_quantize
 from rewriter.fake_quantize import FakeQuantize
-from rewriter.gradients.context import Context, constant_of, dims_of, rank_of
+from rewriter.gradients.context import Context, dims_of, rank_of
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 def _on_grid(node: ir.Node) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ def fake_quantize_bias_gradient(ctx: Context, dy: ir.Value) -> Gradients:
 def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
     x, scale, range_ = quantizer.x, quantizer.scale, quantizer.range
     lowest, highest = np.float32(range_.qmin - 0.5), np.float32(range_.qmax + 0.5)
-    zero_point = constant_of(quantizer.zero_point)
+    zero_point = constant_array(quantizer.zero_point)
     if zero_point is not None:
         z = zero_point.astype(np.float32)
         low, high = ctx.array(lowest - z), ctx.array(highest - z)

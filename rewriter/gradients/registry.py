@@ -79,12 +79,8 @@ def rule(
 
 
 def rule_of(node: ir.Node) -> Rule | None:
-    return RULES.get((_domain(node), node.op_type))
+    return RULES.get((node.domain, node.op_type))
 
 
 def stops_gradient(node: ir.Node) -> bool:
-    return _domain(node) == "" and node.op_type in STOPS
-
-
-def _domain(node: ir.Node) -> str:
-    return "" if node.domain == "ai.onnx" else node.domain
+    return node.domain == "" and node.op_type in STOPS

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from rewriter.normalize.initializers import constant_of, owning_graph
+from rewriter.initializers import constant_array
+from rewriter.normalize.graphs import owning_graph
 
 
 class FuseHardSwishPass(ir.passes.InPlacePass):
@@ -115,7 +116,7 @@ def _is_inner(value: ir.Value | None) -> bool:
 
 def _is_scalar(value: ir.Value | None, expected: float) -> bool:
     """True for a constant of one element whose rank cannot change the rank of the result."""
-    constant = constant_of(value)
+    constant = constant_array(value)
     return (
         constant is not None
         and constant.size == 1

@@ -10,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.normalize.initializers import add_initializer, owning_graph
+from rewriter.initializers import add_initializer
+from rewriter.names import FreeNames
+from rewriter.normalize.graphs import owning_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class ExplicitPadsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
+        names = FreeNames(model)
         for node in model.graph:
             if node.domain != "" or "auto_pad" not in node.attributes:
                 continue
@@ -53,7 +56,7 @@ class ExplicitPadsPass(ir.passes.InPlacePass):
                 _make_transposed_explicit(node)
                 modified = True
             elif node.op_type in _OPERATORS:
-                _make_explicit(node, _OPERATORS[node.op_type])
+                _make_explicit(node, _OPERATORS[node.op_type], names)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -88,7 +91,7 @@ def _window(node: ir.Node) -> _Window:
     return _Window(tuple(size), extent, tuple(stride))
 
 
-def _make_explicit(node: ir.Node, padding: _Padding) -> None:
+def _make_explicit(node: ir.Node, padding: _Padding, names: FreeNames) -> None:
     mode = node.attributes["auto_pad"].as_string()
     if mode in ("NOTSET", "VALID"):
         node.attributes.pop("auto_pad")
@@ -103,7 +106,7 @@ def _make_explicit(node: ir.Node, padding: _Padding) -> None:
         elif size >= 0:
             totals.append(max((-(-size // stride) - 1) * stride + extent - size, 0))
         else:
-            _pad_while_running(node, window, padding, upper=mode == "SAME_UPPER")
+            _pad_while_running(node, window, padding, names, upper=mode == "SAME_UPPER")
             return
     _set_pads(node, *_split(totals, upper=mode == "SAME_UPPER"))
     # The number of outputs is exact with these pads; rounding up would add one.
@@ -148,7 +151,9 @@ def _make_transposed_explicit(node: ir.Node) -> None:
     _set_pads(node, *_split(totals, upper=mode == "SAME_UPPER"))
 
 
-def _pad_while_running(node: ir.Node, window: _Window, padding: _Padding, *, upper: bool) -> None:
+def _pad_while_running(
+    node: ir.Node, window: _Window, padding: _Padding, names: FreeNames, *, upper: bool
+) -> None:
     """total = max((ceil(size / stride) - 1) * stride + extent - size, 0), from the Shape of the input.
 
     With r = size mod stride, 0 replaced by stride, that is max(extent - r, 0); and r = (size - 1) mod
@@ -165,10 +170,11 @@ def _pad_while_running(node: ir.Node, window: _Window, padding: _Padding, *, upp
     graph, name = owning_graph(node), f"{node.outputs[0].name}_pad"
 
     def constant(what: str, *values: int) -> ir.Value:
-        return add_initializer(graph, f"{name}_{what}", np.array(values, np.int64))
+        return add_initializer(graph, names.take(f"{name}_{what}"), np.array(values, np.int64))
 
     def apply(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         inner = ir.node(op_type, list(inputs), attributes)
+        inner.outputs[0].name = names.take(f"{name}_{op_type}")
         graph.insert_before(node, inner)
         return inner.outputs[0]
 
@@ -184,7 +190,7 @@ def _pad_while_running(node: ir.Node, window: _Window, padding: _Padding, *, upp
     untouched = constant("untouched", 0, 0)
     pads = apply("Concat", untouched, begin, untouched, end, axis=0)
     dtype = np.dtype(np.float32) if x.dtype is None else x.dtype.numpy()
-    fill_value = add_initializer(graph, f"{name}_fill", np.asarray(fill, dtype))
+    fill_value = add_initializer(graph, names.take(f"{name}_fill"), np.asarray(fill, dtype))
     padded = apply("Pad", x, pads, fill_value)
     padded.type = x.type
     if x.shape is not None:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from rewriter.normalize.initializers import add_initializer, constant_of
+from rewriter.initializers import add_initializer, constant_array
+from rewriter.names import FreeNames
 from rewriter.normalize.shapes import BATCH, InferShapesPass, forget_shapes
 
 Array = npt.NDArray[Any]
@@ -119,6 +120,7 @@ class _Change:
 
     def __init__(self, model: ir.Model, inputs: Sequence[ir.Value]) -> None:
         self._model = model
+        self._names = FreeNames(model)
         self.inputs = inputs
         self._shapes = {
             value: value.shape
@@ -150,7 +152,7 @@ class _Change:
 
     def _adapt_reshape(self, node: ir.Node) -> None:
         x, shape = node.inputs
-        target = constant_of(shape)
+        target = constant_array(shape)
         if x is None or shape is None or target is None or target.size == 0:
             return
         sizes = [int(size) for size in target]
@@ -168,7 +170,7 @@ class _Change:
                 sizes[1:] = known.numpy()[1:]
             sizes[0] = -1
         self._reshapes.append((node, shape))
-        name = f"{shape.name}_batch"
+        name = self._names.take(f"{shape.name}_batch")
         node.replace_input_with(1, add_initializer(self._model.graph, name, np.array(sizes, np.int64)))
 
 

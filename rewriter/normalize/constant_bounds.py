@@ -8,22 +8,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rewriter.initializers import constant_array
 from rewriter.operators import is_operator
 
 _MAX_DEPTH = 4
 
 
-def constant_array(value: ir.Value | None, depth: int = _MAX_DEPTH) -> npt.NDArray[Any] | None:
+def bound_array(value: ir.Value | None, depth: int = _MAX_DEPTH) -> npt.NDArray[Any] | None:
     """The value of an initializer, or of Mul and Reshape of initializers; None for anything else."""
-    if value is None or value.is_graph_input():
-        return None
-    if value.const_value is not None:
-        array: npt.NDArray[Any] = value.const_value.numpy()
+    array = constant_array(value)
+    if array is not None or value is None:
         return array
     node = value.producer()
     if depth == 0 or node is None or not is_operator(node, "Mul", "Reshape"):
         return None
-    operands = [constant_array(operand, depth - 1) for operand in node.inputs]
+    operands = [bound_array(operand, depth - 1) for operand in node.inputs]
     if len(operands) != 2 or operands[0] is None or operands[1] is None:
         return None
     try:

@@ -12,7 +12,7 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 
-from rewriter.normalize.initializers import constant_of
+from rewriter.initializers import add_initializer, constant_array
 from rewriter.normalize.opset import OPSET
 
 
@@ -86,7 +86,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
             return False
         if any(output.is_graph_output() for output in node.outputs):
             return False
-        inputs = [constant_of(value) for value in node.inputs]
+        inputs = [constant_array(value) for value in node.inputs]
         for value, array in zip(node.inputs, inputs, strict=True):
             if value is not None and array is None:
                 return False
@@ -116,14 +116,9 @@ def _is_weight(value: ir.Value) -> bool:
 
 def _make_initializer(graph: ir.Graph, value: ir.Value, array: npt.NDArray[np.generic]) -> None:
     """Let an initializer of the same name take the place of a node's output."""
-    name = value.name
-    value.name = f"{name}/folded"
-    tensor = ir.tensor(array, name=name)
-    initializer = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(initializer)
-    value.replace_all_uses_with(initializer)
+    name = value.name or ""
+    value.name = None
+    value.replace_all_uses_with(add_initializer(graph, name, array))
 
 
 def _output_bytes(node: ir.Node, inputs: Sequence[npt.NDArray[np.generic] | None]) -> list[int] | None:

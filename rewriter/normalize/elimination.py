@@ -7,7 +7,9 @@ from typing import Final
 
 import onnx_ir as ir
 
-from rewriter.normalize.initializers import constant_of, owning_graph
+from rewriter.initializers import constant_array
+from rewriter.names import FreeNames
+from rewriter.normalize.graphs import owning_graph
 
 
 class EliminateNodesPass(ir.passes.InPlacePass):
@@ -22,14 +24,15 @@ class EliminateNodesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
+        names = FreeNames(model)
         for node in model.graph:
             rule = _RULES.get(node.op_type) if node.domain == "" else None
-            if rule is not None and rule(node):
+            if rule is not None and rule(node, names):
                 modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _try_bypass(node: ir.Node) -> bool:
+def _try_bypass(node: ir.Node, names: FreeNames) -> bool:
     """Let the users of the first output read the first input; True if done and the node removed."""
     x, y = node.inputs[0], node.outputs[0]
     if x is None or any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
@@ -53,21 +56,22 @@ def _try_bypass(node: ir.Node) -> bool:
     return True
 
 
-def _try_dropout(node: ir.Node) -> bool:
+def _try_dropout(node: ir.Node, names: FreeNames) -> bool:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        training = constant_of(node.inputs[2])
+        training = constant_array(node.inputs[2])
         if training is None or training.any():
             return False
-    return _try_bypass(node)
+    return _try_bypass(node, names)
 
 
-def _try_sum(node: ir.Node) -> bool:
+def _try_sum(node: ir.Node, names: FreeNames) -> bool:
     if len(node.inputs) == 1:
-        return _try_bypass(node)
+        return _try_bypass(node, names)
     graph, total = owning_graph(node), node.inputs[0]
     for operand in node.inputs[1:-1]:
         add = ir.node("Add", [total, operand])
         add.outputs[0].type = node.outputs[0].type
+        add.outputs[0].name = names.take(f"{node.outputs[0].name}_sum")
         graph.insert_before(node, add)
         total = add.outputs[0]
     last = node.inputs[-1]
@@ -78,7 +82,7 @@ def _try_sum(node: ir.Node) -> bool:
     return True
 
 
-_RULES: Final[Mapping[str, Callable[[ir.Node], bool]]] = {
+_RULES: Final[Mapping[str, Callable[[ir.Node, FreeNames], bool]]] = {
     "Identity": _try_bypass,
     "Dropout": _try_dropout,
     "Sum": _try_sum,

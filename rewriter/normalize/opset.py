@@ -11,13 +11,15 @@ leaves subgraphs alone, and is native code run on an unchecked graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import onnx
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
+from rewriter.names import FreeNames
+from rewriter.normalize.adapters import Adapter
 from rewriter.normalize.opset_downgrades import DOWNGRADES
 from rewriter.normalize.opset_upgrades import SOFTMAX_FAMILY, UPGRADES
 from rewriter.normalize.shapes import InferShapesPass
@@ -25,8 +27,6 @@ from rewriter.normalize.shapes import InferShapesPass
 OPSET: Final = 18
 MIN_IR_VERSION: Final = 8  # the first that knows opset 18
 MAX_IR_VERSION: Final = 10  # the last that onnxruntime 1.19 reads
-
-Adapter = Callable[[ir.Node], ir.Node | None]
 
 
 class ConvertOpsetPass(ir.passes.InPlacePass):
@@ -43,19 +43,20 @@ class ConvertOpsetPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         source = model.opset_imports.get("", OPSET)
+        names = FreeNames(model)
         modified = source != OPSET or not MIN_IR_VERSION <= model.ir_version <= MAX_IR_VERSION
         nodes = [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == ""]
         postponed = dict.fromkeys(node for node in nodes if _needs_rank(node, source))
         if source != OPSET:
             for node in nodes:
                 if node not in postponed:
-                    _convert(node, source)
+                    _convert(node, source, names)
         model.opset_imports[""] = OPSET
         if postponed:
             # Newer operators tell more about shapes.
             InferShapesPass()(model)
             for node in postponed:
-                _convert(node, source)
+                _convert(node, source, names)
         for subgraph in model.graph.subgraphs():
             subgraph.opset_imports.pop("", None)
         model.ir_version = min(max(model.ir_version, MIN_IR_VERSION), MAX_IR_VERSION)
@@ -68,7 +69,7 @@ def _needs_rank(node: ir.Node, source: int) -> bool:
     return source < 13 and node.op_type in SOFTMAX_FAMILY and x is not None and x.shape is None
 
 
-def _convert(node: ir.Node, source: int) -> None:
+def _convert(node: ir.Node, source: int, names: FreeNames) -> None:
     versions: range
     table: Mapping[tuple[str, int], Adapter]
     if source < OPSET:
@@ -79,7 +80,7 @@ def _convert(node: ir.Node, source: int) -> None:
     for version in versions:
         adapter = table.get((node.op_type, version))
         if adapter is not None:
-            converted = adapter(node)
+            converted = adapter(node, names)
             if converted is None:
                 return
     _check(node, source)

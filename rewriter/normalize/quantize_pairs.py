@@ -29,8 +29,9 @@ import onnx_ir as ir
 
 from rewriter import fake_quantize
 from rewriter.bias_quantization import raise_bias_quantizers
+from rewriter.initializers import add_initializer, constant_array
 from rewriter.names import FreeNames
-from rewriter.normalize.constant_bounds import constant_array
+from rewriter.normalize.constant_bounds import bound_array
 from rewriter.operators import is_operator, movement_inputs, traits_of
 from rewriter.quantization import IntegerRange, dequantize
 
@@ -103,8 +104,9 @@ class _Raising:
         integers = node.inputs[0]
         if grid is None or integers is None:
             return
-        if integers.const_value is not None:
-            self._find_constant(node, integers.const_value.numpy(), grid)
+        constant = constant_array(integers)
+        if constant is not None:
+            self._find_constant(node, constant, grid)
             return
         producer, clip_range = integers.producer(), None
         if producer is not None and is_operator(producer, "Clip"):
@@ -192,8 +194,8 @@ class _Raising:
                 and all(scale is not used for used, _ in self._parameters.values())
             ):
                 stem = self._names.take_stem(found.x.name or "", ("_scale", "_zero_point"))
-                scale = self._initializer(f"{stem}_scale", found.grid.scale)
-                zero_point = self._initializer(f"{stem}_zero_point", found.grid.zero_point)
+                scale = add_initializer(self._graph, f"{stem}_scale", found.grid.scale)
+                zero_point = add_initializer(self._graph, f"{stem}_zero_point", found.grid.zero_point)
             self._parameters[key] = scale, zero_point
         return self._parameters[key]
 
@@ -204,18 +206,8 @@ class _Raising:
         key = (integers, _key(node))
         if key not in self._floats:
             name = self._names.take(f"{integers.name}_float")
-            self._floats[key] = self._initializer(name, values.astype(np.float32))
+            self._floats[key] = add_initializer(self._graph, name, values.astype(np.float32))
         return self._floats[key]
-
-    def _initializer(self, name: str, array: _Array) -> ir.Value:
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
 
     def _take_over(self, old: ir.Node, value: ir.Value) -> None:
         output = old.outputs[0]
@@ -268,31 +260,40 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 def _read_grid(node: ir.Node) -> _Grid | None:
     """The constant grid of a Q or DQ, None where rule 5 leaves it."""
-    scale_value, zero_point_value = _input(node, 1), _input(node, 2)
-    if (
-        scale_value is None
-        or scale_value.const_value is None
-        or node.attributes.get_int("block_size", 0) != 0
-    ):
+    scale, zero_point = constant_array(_input(node, 1)), constant_array(_input(node, 2))
+    if scale is None or node.attributes.get_int("block_size", 0) != 0:
         return None
-    scale = scale_value.const_value.numpy()
     if scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
         return None
-    if zero_point_value is None:
+    if _input(node, 2) is None:
         zero_point = np.zeros(scale.shape, _default_type(node))
-    elif zero_point_value.const_value is None:
+    if zero_point is None or zero_point.dtype not in (np.int8, np.uint8, np.int32):
         return None
-    else:
-        zero_point = zero_point_value.const_value.numpy()
-    if zero_point.dtype not in (np.int8, np.uint8, np.int32):
-        return None
-    if scale.size == 1:
+    axis = _axis_of(node, scale)
+    if zero_point.shape != scale.shape and zero_point.size == scale.size == 1:
+        zero_point = zero_point.reshape(scale.shape)
+    if axis is not None and zero_point.shape == scale.shape:
+        return _Grid(scale, zero_point, axis)
+    if scale.size == zero_point.size == 1:
         return _Grid(scale.reshape(()), zero_point.reshape(()), None)
+    return None
+
+
+def _axis_of(node: ir.Node, scale: _Array) -> int | None:
+    """The quantization axis of a 1-D scale, None where there is one scale for the whole tensor.
+
+    One scale in a vector is that of the one channel only if the node names the axis and it has one channel:
+    the axis of a node that names none is 1, whatever is quantized.
+    """
     x = node.inputs[0]
-    axis = node.attributes.get_int("axis", 1)
-    if x is None or x.shape is None or scale.ndim != 1 or zero_point.shape != scale.shape:
+    if x is None or x.shape is None or scale.ndim != 1:
         return None
-    return _Grid(scale, zero_point, axis % len(x.shape))
+    axis = node.attributes.get_int("axis", 1)
+    if not -len(x.shape) <= axis < len(x.shape):
+        return None
+    if scale.size == 1 and ("axis" not in node.attributes or x.shape[axis] != 1):
+        return None
+    return axis % len(x.shape)
 
 
 def _default_type(node: ir.Node) -> np.dtype[Any]:
@@ -303,7 +304,7 @@ def _default_type(node: ir.Node) -> np.dtype[Any]:
 
 
 def _integer_bounds(clip: ir.Node) -> IntegerRange | None:
-    bounds = [constant_array(value) for value in clip.inputs[1:3]]
+    bounds = [bound_array(value) for value in clip.inputs[1:3]]
     if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
         return None
     return IntegerRange(int(bounds[0].reshape(())), int(bounds[1].reshape(())))
@@ -335,7 +336,7 @@ def _float_saturation(x: ir.Value, grid: _Grid) -> tuple[ir.Value, IntegerRange 
 
 def _on_grid(bound: ir.Value | None, grid: _Grid) -> int | None:
     """The integer that a float bound is, the same for all channels."""
-    array = constant_array(bound)
+    array = bound_array(bound)
     if array is None or array.size != grid.scale.size:
         return None
     steps = array.reshape(grid.scale.shape).astype(np.float64) / grid.scale + grid.zero_point

@@ -9,8 +9,6 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 BATCH = "batch"
 
-_logger = logging.getLogger(__name__)
-
 
 class InferShapesPass(ir.passes.InPlacePass):
     """Infers types and shapes with ONNX's data propagation; a node it cannot handle stays unknown."""

@@ -29,7 +29,7 @@ from rewriter.names import FreeNames
 from rewriter.operators import unquantized
 from rewriter.placement.candidates import Candidate, find_candidates
 from rewriter.placement.ranges import QuantizedRanges, existing_scales, share_ranges
-from rewriter.placement.settings import NodeSettings, require_scope_matches
+from rewriter.placement.settings import NodeSettings, require_matches
 from rewriter.placement.signals import find_signals
 from rewriter.quantization import IntegerRange, Plan, QuantizedTensor, Quantizer, Skipped
 from rewriter.recipe import Recipe
@@ -50,7 +50,7 @@ def place(model: ir.Model, recipe: Recipe) -> Plan:
     """
     graph = model.graph
     policy = TARGETS[recipe.target]
-    require_scope_matches(graph.all_nodes(), recipe)
+    require_matches(graph.all_nodes(), recipe)
     candidates, skipped = find_candidates(graph, recipe, policy, find_signals(graph))
     if not candidates:
         raise QatError(
@@ -90,6 +90,8 @@ def _weight_drafts(candidates: Sequence[Candidate], order: Mapping[ir.Node, int]
         if weight is None or candidate.node.inputs[weight.index] is not weight.value:
             continue  # no weight, or one that came with a quantizer
         axis = weight.axis if candidate.settings.per_channel else None
+        if axis is not None and weight.value.shape is not None and weight.value.shape[axis] == 1:
+            axis = None  # one channel has one scale; onnxruntime's QGemm does not take it as a vector
         key = (weight.value, candidate.settings.weight_bits, axis)
         readers.setdefault(key, []).append(candidate.node)
     return [

@@ -99,8 +99,11 @@ def _unit_output(node: ir.Node, policy: TargetPolicy) -> ir.Value:
 
 
 def _bias_add(node: ir.Node, policy: TargetPolicy) -> ir.Node | None:
-    """The Add of a constant that only this layer's result goes into."""
-    if not policy.fuses_bias_add or weight_operand(node) is None:
+    """The Add of a constant that only this matrix product's result goes into.
+
+    Other layers have an input for their bias: what normalization could not put there is no bias.
+    """
+    if not policy.fuses_bias_add or not is_operator(node, "MatMul") or weight_operand(node) is None:
         return None
     follower = _only_reader(node.outputs[0])
     if follower is None or not is_operator(follower, "Add"):

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TypeVar
 
+import onnx
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
@@ -53,8 +54,20 @@ def has_prefix(name: str, prefix: str) -> bool:
     return name == stem or name.startswith(f"{stem}/")
 
 
-def require_scope_matches(nodes: Iterable[ir.Node], recipe: Recipe) -> None:
-    """Raise `recipe_scope_unmatched` when no node is in the scope."""
+def require_matches(nodes: Iterable[ir.Node], recipe: Recipe) -> None:
+    """Raise `recipe_scope_unmatched` when the scope, or an override, matches no node.
+
+    An override of an operator type that the model lacks is none: recipes are shared between models.
+    """
+    nodes = list(nodes) if recipe.scope is not None or recipe.overrides else []
+    for index, override in enumerate(recipe.overrides):
+        if not onnx.defs.has(override.match) and not any(_overrides(override, node) for node in nodes):
+            raise QatError(
+                ErrorCode.RECIPE_SCOPE_UNMATCHED,
+                f"{override.match!r} is no operator type, and no node name starts with it (matched at '/' "
+                "boundaries); give one or the other.",
+                field=f"overrides.{index}.match",
+            )
     if recipe.scope is not None and not any(in_scope(node, recipe) for node in nodes):
         raise QatError(
             ErrorCode.RECIPE_SCOPE_UNMATCHED,

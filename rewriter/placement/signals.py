@@ -6,6 +6,7 @@ Both are found in one walk over the nodes in graph order.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
@@ -63,7 +64,24 @@ def _carries(node: ir.Node, carried: set[ir.Value]) -> bool:
         table = node.inputs[0]
         if table is not None and is_constant(unquantized(table)):
             return _is_float(table) and table.shape is not None and len(table.shape) > 1
-    return any(value in carried for value in node.inputs if value is not None)
+    return any(value in carried for value in _read_values(node))
+
+
+def _read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """The node's inputs, and what its bodies (of an If, Loop or Scan) read."""
+    yield from (value for value in node.inputs if value is not None)
+    for body in _bodies(node):
+        yield from body.outputs
+        for inner in body:
+            yield from _read_values(inner)
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def _common_root(node: ir.Node, roots: dict[ir.Value, ir.Value]) -> ir.Value | None:

@@ -27,10 +27,11 @@ from rewriter.gradients import differentiate, trainability
 from rewriter.gradients.context import MICROSOFT
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
-from rewriter.recipe import Recipe
+from rewriter.recipe import LossKind, OptimizerName, Recipe
+from rewriter.training import layout
 from rewriter.training.checkpoint import write_checkpoint
-from rewriter.training.losses import Attachment, Dim, LossKind, attach_loss
-from rewriter.training.optimizer import OptimizerName, optimizer_model
+from rewriter.training.losses import Attachment, Dim, attach_loss
+from rewriter.training.optimizer import optimizer_model
 from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
 from rewriter.training.scales import ScaleParameter, TrainedScale, parameterize
 
@@ -125,7 +126,9 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
     _add_gradients(training, loss, trainable, _names(parameters))
     _write(training, folder / bundles.TRAINING_MODEL)
     optimizer = optimizer_model(
-        recipe.optimizer, opset=graph.opset_imports[""], ir_version=min(model.ir_version, _NEWEST_IR)
+        recipe.optimizer,
+        opset=graph.opset_imports[""],
+        ir_version=min(model.ir_version, layout.NEWEST_IR_VERSION),
     )
     (folder / bundles.OPTIMIZER_MODEL).write_bytes(optimizer.SerializeToString(deterministic=True))
     return report
@@ -134,7 +137,7 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
 def _require_free_names(graph: ir.Graph) -> None:
     for value in graph.inputs:
         name = value.name or ""
-        if name == _RESET or name.endswith(_RESERVED_ENDINGS):
+        if name == layout.RESET or name.endswith(_RESERVED_ENDINGS):
             raise QatError(
                 ErrorCode.MODEL_INVALID,
                 f"onnxruntime-training takes an input called {name!r} for a gradient: rename it.",
@@ -211,18 +214,18 @@ def _add_gradients(
     RemoveUnusedNodesPass()(training)
 
     names = FreeNames(training)
-    reset = ir.Value(name=_RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    reset = ir.Value(name=layout.RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
     graph.outputs[:] = [loss]
     for value in trainable:
         gradient = gradients[value]
-        gradient.name = names.take(f"{value.name}_grad")
+        gradient.name = names.take(f"{value.name}{layout.GRADIENT}")
         buffer = ir.Value(
-            name=f"{value.name}_grad.accumulation.buffer",
+            name=f"{value.name}{layout.BUFFER}",
             shape=value.shape,
             type=ir.TensorType(ir.DataType.FLOAT),
         )
         done = ir.Value(
-            name=f"{value.name}_grad.accumulation.out",
+            name=f"{value.name}{layout.ACCUMULATED}",
             shape=ir.Shape([1]),
             type=ir.TensorType(ir.DataType.BOOL),
         )
@@ -234,7 +237,7 @@ def _add_gradients(
                 [buffer, gradient, reset],
                 domain=MICROSOFT,
                 outputs=[done],
-                name=names.take(f"{value.name}_grad.accumulation"),
+                name=names.take(f"{value.name}{layout.ACCUMULATION}"),
             )
         )
     graph.inputs.append(reset)
@@ -249,7 +252,7 @@ def _move_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 def _write(model: ir.Model, path: pathlib.Path) -> None:
     lower(model, saturation="before")
-    model.ir_version = min(model.ir_version, _NEWEST_IR)
+    model.ir_version = min(model.ir_version, layout.NEWEST_IR_VERSION)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
@@ -264,7 +267,5 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
     return tuple(value.name or "" for value in values)
 
 
-_RESET: Final = "lazy_reset_grad"
-_RESERVED_ENDINGS: Final = ("_grad", "_grad.accumulation.buffer", "_grad.accumulation.out")
-_NEWEST_IR: Final = 10
+_RESERVED_ENDINGS: Final = (layout.GRADIENT, layout.BUFFER, layout.ACCUMULATED)
 _LARGE: Final = 1024  # elements; below that a frozen tensor is kept in both models

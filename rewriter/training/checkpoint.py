@@ -5,9 +5,10 @@ Only the native part of onnxruntime's training build is used here, not the Pytho
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,13 @@ import onnx_ir as ir
 
 from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
-
-# What fine-tuning writes beside the prepared checkpoint, which stays as the manifest describes it.
-TRAINED_CHECKPOINT: Final = "trained_checkpoint"
+from rewriter.inference import reason
+from rewriter.installation import training_build
 
 
 def latest_checkpoint(bundle: pathlib.Path) -> pathlib.Path:
     """The trained checkpoint of a bundle where there is one, else the one it was prepared with."""
-    trained = bundle / TRAINED_CHECKPOINT
+    trained = bundle / bundles.TRAINED_CHECKPOINT
     return trained if trained.is_file() else bundle / bundles.CHECKPOINT
 
 
@@ -33,14 +33,33 @@ def write_checkpoint(trainable: Iterable[ir.Value], frozen: Iterable[ir.Value], 
     The same values give the same bytes.
 
     Raises:
-        QatError: `training_runtime_missing`.
+        QatError: `training_runtime_missing`, `output_unwritable`.
+        OSError: there is no room for it.
     """
-    native_module().save_checkpoint(
-        [_serialized(value) for value in trainable],
-        [_serialized(value) for value in frozen],
-        str(path),
-        False,
-    )
+    native = training_build()
+    with saving(path):
+        native.save_checkpoint(
+            [_serialized(value) for value in trainable],
+            [_serialized(value) for value in frozen],
+            str(path),
+            False,
+        )
+
+
+@contextlib.contextmanager
+def saving(path: pathlib.Path) -> Iterator[None]:
+    """Around the native code that writes a checkpoint: it says that it failed, and not why."""
+    try:
+        yield
+    except RuntimeError as error:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE))  # as a rule fails too, with the system's reason
+        raise QatError(
+            ErrorCode.OUTPUT_UNWRITABLE, f"The checkpoint cannot be written: {reason(error)}", file=path.name
+        ) from error
+
+
+_PROBE: Final = 1 << 16
 
 
 def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -49,7 +68,7 @@ def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
     Raises:
         QatError: `checkpoint_invalid`, `training_runtime_missing`.
     """
-    native = native_module()
+    native = training_build()
     if not path.is_file():
         raise QatError(
             ErrorCode.CHECKPOINT_INVALID,
@@ -61,7 +80,7 @@ def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
     except RuntimeError as error:
         raise QatError(
             ErrorCode.CHECKPOINT_INVALID,
-            f"{path.name} is not a checkpoint of onnxruntime-training 1.19: {_first_line(error)}.",
+            f"{path.name} is not a checkpoint of onnxruntime-training 1.19: {reason(error)}",
             file=path.name,
         ) from error
     return {
@@ -69,27 +88,24 @@ def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
     }
 
 
-def native_module() -> Any:
-    """The native module of onnxruntime's training build.
+def require_shape(
+    parameters: Mapping[str, npt.NDArray[np.float32]], name: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """A parameter of a checkpoint.
 
     Raises:
-        QatError: `training_runtime_missing`.
+        QatError: `checkpoint_invalid` when it is missing or has another shape.
     """
-    try:
-        from onnxruntime.capi import _pybind_state as native
-    except ImportError as error:
-        raise _missing() from error
-    if not hasattr(native, "save_checkpoint"):
-        raise _missing()
-    return native
-
-
-def _missing() -> QatError:
-    return QatError(
-        ErrorCode.TRAINING_RUNTIME_MISSING,
-        "onnxruntime's training build is not installed: install this package with its extra [cpu] or [cuda], "
-        "in an environment without onnxruntime or onnxruntime-gpu, which occupy the same folder.",
-    )
+    found = parameters.get(name)
+    if found is None or found.shape != shape:
+        has = "no" if found is None else f"with the shape {list(found.shape)} the"
+        raise QatError(
+            ErrorCode.CHECKPOINT_INVALID,
+            f"The checkpoint belongs to another bundle: it has {has} parameter {name!r}, which has the "
+            f"shape {list(shape)} in this one.",
+            field=name,
+        )
+    return found
 
 
 def _serialized(value: ir.Value) -> bytes:
@@ -100,7 +116,3 @@ def _serialized(value: ir.Value) -> bytes:
     )
     serialized: bytes = proto.SerializeToString(deterministic=True)
     return serialized
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["unknown error"])[0].rstrip(".")

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
+from rewriter.initializers import add_initializer
 from rewriter.names import FreeNames
-from rewriter.recipe import GraphLoss, LossName
+from rewriter.recipe import GraphLoss, LossKind, LossName
 
 Dim = int | str | None
-LossKind = Literal["cross_entropy", "mse", "bce_with_logits", "l1", "graph"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +185,8 @@ class _Builder:
 
     def constant(self, value: float | Sequence[int]) -> ir.Value:
         """A float32 scalar, or an int64 vector."""
-        array = np.float32(value) if isinstance(value, float) else np.asarray(value, np.int64)
-        name = self.names.take("loss/constant")
-        constant = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        constant.shape, constant.dtype = ir.Shape(array.shape), ir.tensor(array).dtype
-        self._graph.register_initializer(constant)
-        return constant
+        array = np.asarray(value, np.float32 if isinstance(value, float) else np.int64)
+        return add_initializer(self._graph, self.names.take("loss/constant"), array)
 
     def target(self, wanted: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
         """A value for a graph input; it becomes one when the loss is complete."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final
 
 import onnx
 from onnx import TensorProto, helper
 
-OptimizerName = Literal["adamw", "sgd"]
+from rewriter.gradients.context import MICROSOFT
+from rewriter.recipe import OptimizerName
 
 # The API feeds the inputs by name and expects exactly these; SGD has an unused moments input there too.
 _NODES: Final[Mapping[OptimizerName, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
@@ -49,7 +50,7 @@ _ATTRIBUTES: Final[Mapping[OptimizerName, dict[str, float | int]]] = {
 def optimizer_model(optimizer: OptimizerName, *, opset: int, ir_version: int) -> onnx.ModelProto:
     """The model that `onnxruntime.training.api.Optimizer` runs to update float32 parameters."""
     op_type, sequences, inputs = _NODES[optimizer]
-    node = helper.make_node(op_type, inputs, ["update_completed"], name=op_type, domain="com.microsoft")
+    node = helper.make_node(op_type, inputs, ["update_completed"], name=op_type, domain=MICROSOFT)
     node.attribute.extend(
         helper.make_attribute(name, value) for name, value in _ATTRIBUTES[optimizer].items()
     )
@@ -63,5 +64,5 @@ def optimizer_model(optimizer: OptimizerName, *, opset: int, ir_version: int) ->
         ],
         [helper.make_tensor_value_info("update_completed", TensorProto.BOOL, [1])],
     )
-    opsets = [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("", opset)]
+    opsets = [helper.make_opsetid(MICROSOFT, 1), helper.make_opsetid("", opset)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)

@@ -6,23 +6,28 @@ need PyTorch: it is imported below a stand-in for the package, which is taken aw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import pathlib
 import sys
 import types
-from typing import Any, Final, Literal
+from collections.abc import Iterator
+from typing import Any, Final
 
 import onnx
+import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
-from rewriter.training.checkpoint import native_module
+from rewriter.inference import reason, run_failed, training_options
+from rewriter.installation import Device, training_build
+from rewriter.training import layout
+from rewriter.training.checkpoint import saving
 
-Device = Literal["cpu", "cuda"]
-_PACKAGE = "onnxruntime.training"
+_PACKAGE: Final = "onnxruntime.training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,27 +44,33 @@ class TrainingSession:
         Raises:
             QatError: `output_unwritable`.
         """
-        with bundles.new_file(path) as temporary:
-            api().CheckpointState.save_checkpoint(self.state, temporary, optimizer_state)
+        with bundles.new_file(path) as temporary, saving(temporary):
+            training_api().CheckpointState.save_checkpoint(self.state, temporary, optimizer_state)
 
 
 @functools.cache
-def api() -> types.ModuleType:
-    """`onnxruntime.training.api`.
+def training_api() -> types.ModuleType:
+    """The module `onnxruntime.training.api`, imported without PyTorch.
 
     Raises:
         QatError: `training_runtime_missing`.
     """
-    native_module()
-    import onnxruntime
-
-    if _PACKAGE in sys.modules:
+    training_build()
+    with without_pytorch():
         return importlib.import_module(f"{_PACKAGE}.api")
+
+
+@contextlib.contextmanager
+def without_pytorch() -> Iterator[None]:
+    """In the block parts of `onnxruntime.training` are imported without what the package itself imports."""
+    if _PACKAGE in sys.modules:
+        yield
+        return
     stand_in = types.ModuleType(_PACKAGE)
     stand_in.__path__ = [str(pathlib.Path(onnxruntime.__file__).parent / "training")]
     sys.modules[_PACKAGE] = stand_in
     try:
-        return importlib.import_module(f"{_PACKAGE}.api")
+        yield
     finally:
         del sys.modules[_PACKAGE]
 
@@ -76,9 +87,7 @@ def open_session(
         QatError: `training_runtime_missing`, also when the installed build has no CUDA;
             `checkpoint_invalid`; `run_failed` when onnxruntime refuses a model of the bundle.
     """
-    import onnxruntime
-
-    training_api = api()
+    api = training_api()
     if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise QatError(
             ErrorCode.TRAINING_RUNTIME_MISSING,
@@ -86,29 +95,26 @@ def open_session(
             "place of [cpu], or train on the CPU.",
             field="device",
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options = training_options()
     # Evaluate the same arithmetic that is trained: no fusion of Q/DQ pairs into integer operators.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     path = checkpoint or bundle / bundles.CHECKPOINT
     try:
-        state = training_api.CheckpointState.load_checkpoint(path)
+        state = api.CheckpointState.load_checkpoint(path)
     except RuntimeError as error:
         raise QatError(
             ErrorCode.CHECKPOINT_INVALID,
-            f"onnxruntime-training cannot load the checkpoint: {_first_line(error)}",
+            f"onnxruntime-training cannot load the checkpoint: {reason(error)}",
             file=path.name,
         ) from error
     _require_parameters_of(bundle / bundles.TRAINING_MODEL, state, path)
     try:
-        module = training_api.Module(
+        module = api.Module(
             bundle / bundles.TRAINING_MODEL, state, bundle / bundles.EVAL_MODEL, device, options
         )
-        optimizer = training_api.Optimizer(bundle / bundles.OPTIMIZER_MODEL, module)
+        optimizer = api.Optimizer(bundle / bundles.OPTIMIZER_MODEL, module)
     except RuntimeError as error:
-        raise QatError(
-            ErrorCode.RUN_FAILED, f"onnxruntime-training cannot load the bundle: {_first_line(error)}"
-        ) from error
+        raise run_failed("onnxruntime-training cannot load the bundle", error, bundle) from error
     return TrainingSession(module, optimizer, state)
 
 
@@ -123,7 +129,7 @@ def _require_parameters_of(training_model: pathlib.Path, state: Any, checkpoint:
             file=training_model.name,
         ) from error
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in inputs}
-    trainable = {name.removesuffix(_BUFFER) for name in shapes if name.endswith(_BUFFER)}
+    trainable = {name.removesuffix(layout.BUFFER) for name in shapes if name.endswith(layout.BUFFER)}
     found = {name: list(parameter.data.shape) for name, parameter in state.parameters}
     wrong = [*(trainable - found.keys()), *(name for name in found if found[name] != shapes.get(name))]
     if wrong:
@@ -133,10 +139,3 @@ def _require_parameters_of(training_model: pathlib.Path, state: Any, checkpoint:
             "or has another shape.",
             file=checkpoint.name,
         )
-
-
-_BUFFER: Final = "_grad.accumulation.buffer"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -19,8 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx import helper, numpy_helper
+
+from rewriter import inference
+from rewriter.errors import ErrorCode, QatError
+from rewriter.training import layout
+from rewriter.training.checkpoint import require_shape
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -57,14 +61,29 @@ def trained_scales(
         parameters: the checkpoint's parameters by name.
         initial: calibrated scales by scale name.
         parameter_of: scale name -> name of its parameter, for every trained scale.
+
+    Raises:
+        QatError: `checkpoint_invalid` when a parameter is missing or has another shape than its scale, or a
+            scale is not a positive normal number.
     """
     if not parameter_of:
         return {}
+    for name, parameter in parameter_of.items():
+        require_shape(parameters, parameter, initial[name].shape)
     # onnxruntime's Exp, as in the trained graph: NumPy's may differ in the last bit, which moves values that
     # lie on a rounding boundary.
     model = _scales_model([(name, initial[name], parameters[p]) for name, p in parameter_of.items()])
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(parameter_of, session.run(list(parameter_of), {}), strict=True))
+    session = inference.open_session(model.SerializeToString())
+    scales = dict(zip(parameter_of, inference.run(session, list(parameter_of), {}), strict=True))
+    for name, scale in scales.items():
+        if not (np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)).all():
+            raise QatError(
+                ErrorCode.CHECKPOINT_INVALID,
+                f"The trained parameter {parameter_of[name]!r} makes a scale that is 0 or not finite: "
+                "training diverged. Use a smaller learning rate or an earlier checkpoint.",
+                field=parameter_of[name],
+            )
+    return scales
 
 
 def _scales_model(scales: Sequence[tuple[str, FloatArray, FloatArray]]) -> onnx.ModelProto:
@@ -77,7 +96,9 @@ def _scales_model(scales: Sequence[tuple[str, FloatArray, FloatArray]]) -> onnx.
         initializers.append(numpy_helper.from_array(parameter, name + _PARAMETER))
         outputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, initial.shape))
     graph = helper.make_graph(nodes, "scales", [], outputs, initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=layout.NEWEST_IR_VERSION
+    )
 
 
 def parameterize(graph: ir.Graph, scales: Sequence[ir.Value]) -> list[TrainedScale]:

@@ -71,15 +71,25 @@ def _attempt(order: Order, result: Path, progress: Progress) -> Cause | None:
     try:
         result.mkdir()
         WORK[order.work.kind](order.work, result, progress)
-    except QatError as error:
-        return Cause.of(error)
     except Exception as error:
-        traceback.print_exc()
         return _cause_of(error)
     return None
 
 
 def _cause_of(error: Exception) -> Cause:
+    """What the service ran out of, else what the library says."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if (exhausted := _exhausted(reason)) is not None:
+            return exhausted
+        reason = reason.__cause__
+    if isinstance(error, QatError):
+        return Cause.of(error)
+    traceback.print_exception(error)
+    return Cause(code=ServiceErrorCode.INTERNAL_ERROR, detail="The job failed; the service's log says why.")
+
+
+def _exhausted(error: BaseException) -> Cause | None:
     if isinstance(error, MemoryError) or "bad_alloc" in str(error):
         return Cause(code=ServiceErrorCode.WORKER_OUT_OF_MEMORY, detail=OUT_OF_MEMORY)
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
@@ -89,7 +99,7 @@ def _cause_of(error: Exception) -> Cause:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Cause(code=ServiceErrorCode.STORAGE_FULL, detail="The service is out of disk space.")
-    return Cause(code=ServiceErrorCode.INTERNAL_ERROR, detail="The job failed; the service's log says why.")
+    return None
 
 
 OUT_OF_MEMORY: Final = "The job needs more memory than the service allows it."

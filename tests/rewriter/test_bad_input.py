@@ -173,6 +173,39 @@ def test_a_wrong_recipe_is_wrong_usage(settings: list[str], folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "content",
+    [None, b"{", b'"8 bits"', b'{"scope": "\xff"}', b"[" * 100_000],
+    ids=["a directory", "no JSON", "no object", "not UTF-8", "too deep"],
+)
+def test_a_recipe_file_that_is_none_is_named(content: bytes | None, folder: Path) -> None:
+    onnx.save(linear(), folder / "model.onnx")
+    recipe = folder / "recipe.json"
+    if content is None:
+        recipe.mkdir()
+    else:
+        recipe.write_bytes(content)
+    status, stderr = run("prepare", folder / "model.onnx", "-o", folder / "bundle", "--recipe", recipe)
+    assert status == 2
+    require_one_line(stderr, ErrorCode.RECIPE_INVALID)
+    assert "recipe.json'" in stderr
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_learning_rate_that_cannot_be_meant_is_wrong_usage(rate: str, folder: Path) -> None:
+    status, stderr = run("finetune", folder, "--data", folder / "train.npz", "--lr", rate)
+    assert status == 2
+    require_one_line(stderr, ErrorCode.ARGUMENT_INVALID)
+
+
+def test_nothing_but_a_bundle_is_replaced(folder: Path) -> None:
+    onnx.save(linear(), folder / "model.onnx")
+    status, stderr = run("prepare", folder / "model.onnx", "-o", folder, "--force")
+    assert status == 1
+    require_one_line(stderr, ErrorCode.OUTPUT_EXISTS)
+    assert (folder / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["prepare"],
@@ -248,8 +281,15 @@ class TestBundles:
         assert status == 1
         require_one_line(stderr, ErrorCode.CHECKPOINT_INVALID)
 
-    def test_an_output_that_cannot_be_written(self, bundle: Path) -> None:
-        (bundle.parent / "file").write_text("")
-        status, stderr = run("finalize", bundle, "-o", bundle.parent / "file" / "int8.onnx")
+    @pytest.mark.parametrize("output", ["file/int8.onnx", "directory", "."])
+    def test_an_output_that_cannot_be_written(
+        self, bundle: Path, output: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(bundle.parent)
+        Path("file").write_text("")
+        Path("directory").mkdir()
+        before = sorted(Path().rglob("*"))
+        status, stderr = run("finalize", bundle, "-o", output)
         assert status == 1
         require_one_line(stderr, ErrorCode.OUTPUT_UNWRITABLE)
+        assert sorted(Path().rglob("*")) == before

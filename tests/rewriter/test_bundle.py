@@ -1,7 +1,10 @@
 """A bundle appears whole or not at all, and its zip is the same bytes for the same content."""
 
+import errno
 import hashlib
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -31,23 +34,58 @@ def test_nothing_is_left_behind_when_the_work_fails(tmp_path):
 def test_an_existing_directory_is_kept_unless_replacing_is_asked_for(tmp_path):
     target = tmp_path / "bundle"
     target.mkdir()
-    (target / "trained").write_text("precious")
+    (target / bundle.MANIFEST).write_text("{}")
     with pytest.raises(QatError) as caught, bundle.new_directory(target):
         pass
     assert caught.value.code == ErrorCode.OUTPUT_EXISTS
-    assert (target / "trained").read_text() == "precious"
+    assert [p.name for p in target.iterdir()] == [bundle.MANIFEST]
     with bundle.new_directory(target, replace=True) as folder:
         (folder / "new").write_text("")
     assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("precious"), lambda path: make_folder(path)])
+def test_what_is_no_bundle_is_never_replaced(tmp_path, make):
+    target = tmp_path / "home"
+    make(target)
+    with pytest.raises(QatError) as caught, bundle.new_directory(target, replace=True):
+        pass
+    assert caught.value.code == ErrorCode.OUTPUT_EXISTS
+    assert (target if target.is_file() else target / "sub" / "file").read_text() == "precious"
+
+
+def make_folder(path):
+    (path / "sub").mkdir(parents=True)
+    (path / "sub" / "file").write_text("precious")
 
 
 def test_a_failed_replacement_keeps_the_old_directory(tmp_path):
     target = tmp_path / "bundle"
     target.mkdir()
-    (target / "trained").write_text("precious")
+    (target / bundle.MANIFEST).write_text("precious")
     with pytest.raises(RuntimeError), bundle.new_directory(target, replace=True):
         raise RuntimeError
-    assert (target / "trained").read_text() == "precious"
+    assert (target / bundle.MANIFEST).read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_replacement_that_cannot_take_its_place_keeps_the_old_directory(tmp_path, monkeypatch):
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / bundle.MANIFEST).write_text("precious")
+    rename = Path.rename
+
+    def refuse_new(path, to):
+        if path.name == "new":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(QatError) as caught, bundle.new_directory(target, replace=True):
+        pass
+    assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+    assert (target / bundle.MANIFEST).read_text() == "precious"
 
 
 def test_an_empty_directory_may_be_the_output(tmp_path):
@@ -63,6 +101,48 @@ def test_a_parent_that_is_a_file_is_a_clear_error(tmp_path):
         with pytest.raises(QatError) as caught, context(tmp_path / "file" / "output"):
             pass
         assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+
+
+def test_the_current_directory_may_be_the_output(tmp_path, monkeypatch):
+    (tmp_path / "bundle").mkdir()
+    monkeypatch.chdir(tmp_path / "bundle")
+    with bundle.new_directory(Path()) as folder:
+        (folder / "file").write_text("")
+    assert (tmp_path / "bundle" / "file").exists()
+
+
+def test_a_directory_is_not_replaced_by_a_file(tmp_path):
+    for target in (tmp_path, tmp_path / "sub" / ".."):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(QatError, match="is a directory") as caught, bundle.new_file(target):
+            pytest.fail("the work has begun")
+        assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+
+
+def test_files_beside_a_new_file_come_along(tmp_path):
+    (tmp_path / "model.onnx.data").write_text("old")
+    with bundle.new_file(tmp_path / "model.onnx") as path:
+        path.write_text("graph")
+        path.with_name("model.onnx.data").write_text("weights")
+        assert (tmp_path / "model.onnx.data").read_text() == "old"
+    found = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert found == {"model.onnx": "graph", "model.onnx.data": "weights"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+@pytest.mark.parametrize("context", [bundle.new_directory, bundle.new_file])
+def test_no_room_is_said_of_the_output(tmp_path, context, number):
+    with pytest.raises(QatError) as caught, context(tmp_path / "output"):
+        raise OSError(number, os.strerror(number))
+    assert (caught.value.code, caught.value.file) == (ErrorCode.OUTPUT_UNWRITABLE, "output")
+    assert os.strerror(number) in caught.value.message
+    assert caught.value.__cause__.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_reading_is_not_taken_for_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError), bundle.new_directory(tmp_path / "output"):
+        (tmp_path / "input").read_bytes()
 
 
 def test_a_description_has_digest_and_size(tmp_path):

@@ -128,7 +128,7 @@ def test_a_model_with_a_fixed_batch_gets_batches_of_that_size(tmp_path: Path) ->
     np.savez(tmp_path / "few.npz", x=x[:10], labels=labels[:10])
     with pytest.raises(QatError, match="batches of 16 samples") as caught:
         finetune(bundle, tmp_path / "few.npz")
-    assert caught.value.code == ErrorCode.DATA_EMPTY
+    assert caught.value.code == ErrorCode.DATA_SHAPE_MISMATCH
     # Evaluation counts each of 40 samples once, in batches of 16.
     hits = report.before.accuracy * 40
     assert hits == round(hits)
@@ -182,6 +182,32 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_writes_nothing(bundle: 
         finetune(bundle, data, epochs=5, learning_rate=1e30)
     assert caught.value.code == ErrorCode.TRAINING_DIVERGED
     assert not (bundle / "trained_checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"epochs": 0}, {"batch_size": 0}, *({"learning_rate": r} for r in (0.0, -1e-3, np.inf, np.nan))],
+    ids=str,
+)
+def test_numbers_that_cannot_be_meant_are_refused(bundle: Path, data: Path, arguments: dict) -> None:
+    with pytest.raises(QatError) as caught:
+        finetune(bundle, data, **arguments)
+    assert (caught.value.code, caught.value.field) == (ErrorCode.ARGUMENT_INVALID, *arguments)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_before_training(bundle: Path, data: Path) -> None:
+    steps = []
+    with pytest.raises(QatError) as caught:
+        finetune(bundle, data, checkpoint_out=bundle, progress=lambda *state: steps.append(state))
+    assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+    assert steps == []
+
+
+def test_a_damaged_model_of_the_bundle_is_named(bundle: Path, data: Path) -> None:
+    (bundle / "eval_model.onnx").write_bytes(b"garbage")
+    with pytest.raises(QatError) as caught:
+        finetune(bundle, data)
+    assert (caught.value.code, caught.value.file) == (ErrorCode.BUNDLE_INVALID, "eval_model.onnx")
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path, data: Path) -> None:

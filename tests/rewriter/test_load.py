@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rewriter import load as load_module
 from rewriter.errors import ErrorCode, QatError
-from rewriter.load import LoadLimits, load, save
+from rewriter.load import LoadLimits, external_data_files, load, load_from_bundle, save
 
 
 def linear_model(weight: TensorProto | None = None, **settings: object) -> onnx.ModelProto:
@@ -364,17 +364,23 @@ def test_large_weights_go_to_a_file_beside_the_model(tmp_path, monkeypatch):
     model = load(write(tmp_path, linear_model(numpy_helper.from_array(weight, "w"))))
     monkeypatch.setattr(load_module, "EXTERNAL_DATA_THRESHOLD", 1000)
     files = save(model, tmp_path / "copy.onnx")
-    assert [path.name for path in files] == ["copy.onnx.data", "copy.onnx"]
+    assert [path.name for path in files] == ["copy.onnx", "copy.onnx.data"]
     np.testing.assert_array_equal(
         load(tmp_path / "copy.onnx").graph.initializers["w"].const_value.numpy(), weight
     )
 
 
-def test_saving_where_nothing_can_be_written_is_an_error(tmp_path):
-    model = load(write(tmp_path, linear_model()))
-    with pytest.raises(QatError) as caught:
-        save(model, tmp_path / "missing" / "copy.onnx")
-    assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+def test_files_with_external_data_are_listed_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "w.bin").write_bytes(WEIGHT.tobytes())
+    assert external_data_files(load(write(tmp_path, external_model("sub/w.bin")))) == ["sub/w.bin"]
+    assert external_data_files(load(write(tmp_path, linear_model()))) == []
+
+
+def test_a_damaged_model_of_a_bundle_is_a_damaged_bundle(tmp_path):
+    with pytest.raises(QatError, match="prepare the bundle again") as caught:
+        load_from_bundle(write(tmp_path, b"garbage"))
+    assert (caught.value.code, caught.value.file) == (ErrorCode.BUNDLE_INVALID, "model.onnx")
 
 
 def test_real_models_are_loaded(real_model):

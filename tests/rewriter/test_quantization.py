@@ -15,20 +15,19 @@ def test_weights_are_signed_and_narrow(bits, qmin, qmax):
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "qmin", "qmax", "dtype", "saturates"),
+    ("bits", "symmetric", "qmin", "qmax", "dtype"),
     [
-        (8, False, 0, 255, np.uint8, False),
-        (8, True, -128, 127, np.int8, False),
-        (4, False, 0, 15, np.uint8, True),
-        (4, True, -8, 7, np.int8, True),
-        (2, False, 0, 3, np.uint8, True),
+        (8, False, 0, 255, np.uint8),
+        (8, True, -128, 127, np.int8),
+        (4, False, 0, 15, np.uint8),
+        (4, True, -8, 7, np.int8),
+        (2, False, 0, 3, np.uint8),
     ],
 )
-def test_activations_use_all_codes(bits, symmetric, qmin, qmax, dtype, saturates):
+def test_activations_use_all_codes(bits, symmetric, qmin, qmax, dtype):
     range_ = IntegerRange.for_activations(bits, symmetric=symmetric)
     assert range_ == IntegerRange(qmin, qmax)
     assert range_.dtype == dtype
-    assert range_.saturates == saturates
 
 
 @given(

@@ -9,21 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 import rewriter
-from examples.training_api import CheckpointState, Module, Optimizer
 from rewriter import Manifest
+from rewriter.fold.batch_norm import fold_batch_norms
+from rewriter.load import load
+from rewriter.normalize import normalize
+from tests.rewriter.graphs import run
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def train(bundle: Path, feeds: list[np.ndarray], steps: int) -> list[float]:
     """Losses of `steps` steps on one batch, in stock onnxruntime-training; the checkpoint is saved."""
-    state = CheckpointState.load_checkpoint(bundle / "checkpoint")
-    module = Module(bundle / "training_model.onnx", state, bundle / "eval_model.onnx", device="cpu")
-    optimizer = Optimizer(bundle / "optimizer_model.onnx", module)
+    api = rewriter.training_api()
+    state = api.CheckpointState.load_checkpoint(bundle / "checkpoint")
+    module = api.Module(bundle / "training_model.onnx", state, bundle / "eval_model.onnx", device="cpu")
+    optimizer = api.Optimizer(bundle / "optimizer_model.onnx", module)
     losses = []
     for _ in range(steps):
         module.train()
@@ -31,7 +36,7 @@ def train(bundle: Path, feeds: list[np.ndarray], steps: int) -> list[float]:
         optimizer.step()
         module.lazy_reset_grad()
     assert all(np.isfinite(parameter.data).all() for _, parameter in state.parameters)
-    CheckpointState.save_checkpoint(state, bundle / "trained_checkpoint")
+    api.CheckpointState.save_checkpoint(state, bundle / "trained_checkpoint")
     return losses
 
 
@@ -86,11 +91,12 @@ class TestTextAngle:
     def test_the_int8_model_computes_what_the_eval_model_does(self, text_angle):
         """To the last bit, optimizations off: what was trained is what runs."""
         images = np.load(text_angle / "samples.npz")["x"]
-        state = CheckpointState.load_checkpoint(text_angle / "bundle" / "trained_checkpoint")
+        api = rewriter.training_api()
+        state = api.CheckpointState.load_checkpoint(text_angle / "bundle" / "trained_checkpoint")
         bundle = text_angle / "bundle"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        module = Module(
+        module = api.Module(
             bundle / "training_model.onnx", state, bundle / "eval_model.onnx", "cpu", session_options=options
         )
         module.eval()
@@ -130,15 +136,25 @@ def test_image_classifiers_train_and_every_layer_is_accounted_for(name, real_mod
     assert losses[1] < losses[0] * 1.001
 
 
-def test_densenet_with_batch_norm_before_the_convolution_computes_the_same(real_model, tmp_path):
-    """The batch norms that stay are right."""
-    bundle = tmp_path / "bundle"
-    rewriter.prepare(real_model("light-densenet121"), bundle)
-    image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    expected = onnxruntime.InferenceSession(real_model("light-densenet121")).run(None, {"data_0": image})[0]
-    actual = onnxruntime.InferenceSession(bundle / "qat_model.onnx").run(None, {"data_0": image})[0]
-    # 130 activation quantizers at 8 bits in a row.
-    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
+def test_densenet_computes_the_same_after_folding(real_model):
+    """Batch norms before the convolution stay, those behind one are folded; weights random, not all 0.02."""
+    model = load(real_model("light-densenet121"))
+    normalize(model)
+    rng = np.random.default_rng(0)
+    for value in model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if array.dtype == np.float32 and array.ndim:
+            fan_in = max(array[0].size, 1) if array.ndim > 1 else 1
+            scaled = rng.uniform(0.5, 1.5, array.shape) if fan_in == 1 else rng.standard_normal(array.shape)
+            value.const_value = ir.tensor((scaled * np.sqrt(2 / fan_in)).astype(np.float32), name=value.name)
+    image = rng.standard_normal((1, 3, 224, 224)).astype(np.float32)
+    expected = run(model, data_0=image)[0]
+    report = fold_batch_norms(model)
+    assert (len(report.folded), len(report.left)) == (59, 62)
+    actual = run(model, data_0=image)[0]
+    assert np.isfinite(expected).all()
+    assert np.ptp(expected) > 0
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_transformer_trains_with_dynamic_batch_and_sequence(real_model, tmp_path):

@@ -66,6 +66,20 @@ def _fail(script: Script, files: Path) -> None:
     raise QatError(ErrorCode.MODEL_DOMAIN_UNKNOWN, "Unknown domain.", node="n1")
 
 
+def _fail_for_want_of_room(script: Script, files: Path) -> None:
+    try:
+        raise OSError(script["errno"], "no room")
+    except OSError as error:
+        raise QatError(ErrorCode.OUTPUT_UNWRITABLE, "The bundle cannot be written.") from error
+
+
+def _fail_for_want_of_memory(script: Script, files: Path) -> None:
+    try:
+        raise RuntimeError("std::bad_alloc")
+    except RuntimeError as error:
+        raise QatError(ErrorCode.RUN_FAILED, "onnxruntime could not run the model.") from error
+
+
 def _raise(script: Script, files: Path) -> None:
     raise RuntimeError("secret detail")
 
@@ -123,6 +137,8 @@ _ACTS: dict[str, Callable[[Script, Path], None]] = {
     "succeed": lambda script, files: None,
     "fail": _fail,
     "raise": _raise,
+    "no_room": _fail_for_want_of_room,
+    "no_memory": _fail_for_want_of_memory,
     "segfault": lambda script, files: ctypes.string_at(0),
     "exit": lambda script, files: os._exit(3),
     "bad_alloc": lambda script, files: (

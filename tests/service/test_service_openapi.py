@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service import openapi
 from service.errors import ServiceErrorCode
-from service.openapi import DOCUMENT, render
+from service.openapi import DOCUMENT, main, render
 from service.problems import STATUS
 
 OPENAPI: dict[str, Any] = json.loads(render())
@@ -22,6 +24,21 @@ OPERATIONS = [
 
 def test_the_committed_document_is_the_applications() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == render(), "run: python -m service.openapi"
+
+
+def test_the_document_is_written_where_one_asks_for_it(tmp_path: Path) -> None:
+    assert main([str(tmp_path / "api.json")]) == 0
+    assert (tmp_path / "api.json").read_text(encoding="utf-8") == render()
+
+
+def test_an_installed_package_writes_nothing_into_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(openapi, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(openapi, "DOCUMENT", tmp_path / "openapi" / "openapi.json")
+    assert main([]) == 2
+    assert "name the file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "operation"), OPERATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -28,6 +29,9 @@ def assert_serves(client: TestClient) -> None:
         ({}, {"do": "exit"}, "worker_crashed", "exit status 3"),
         ({}, {"do": "bad_alloc"}, "worker_out_of_memory", "memory"),
         ({}, {"do": "raise"}, "internal_error", "log"),
+        ({}, {"do": "no_room", "errno": errno.EFBIG}, "worker_output_too_large", "file"),
+        ({}, {"do": "no_room", "errno": errno.ENOSPC}, "storage_full", "disk"),
+        ({}, {"do": "no_memory"}, "worker_out_of_memory", "memory"),
         (
             {"job_memory_bytes": 4 << 30},
             {"do": "allocate", "bytes": 8 << 30},

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
 from rewriter.calibration import calibrate
+from rewriter.fold.batch_norm import fold_batch_norms
+from rewriter.load import load
+from rewriter.normalize import normalize
+from rewriter.placement import place
 from rewriter.quantization import IntegerRange, Plan, QuantizedTensor, Quantizer, QuantizerParameters
-from rewriter.recipe import Recipe
+from rewriter.recipe import Calibration, Recipe
 
 
 def model_of(body: str, signature: str = "(float[N, 3, H, W] x) => (float[N, C, H2, W2] out)") -> ir.Model:
@@ -87,6 +95,36 @@ def test_batch_norm_statistics_give_the_range(bits: int, deviations: float) -> N
         parameters = calibrated(model, after, bits=bits, statistics=statistics)
         assert parameters.initialized == "batch_norm"
         assert covered(parameters, qmax) == pytest.approx((0, high))
+
+
+def test_a_real_model_gets_the_ranges_of_its_batch_norms(real_model: Callable[[str], Path]) -> None:
+    """Most of them within a factor of 4 of what standard normal images give: no better truth is known."""
+    model = load(real_model("ppocr2-cls"))
+    normalize(model)
+    statistics = fold_batch_norms(model).statistics
+    plan = place(model, Recipe())
+    recipe = Recipe(calibration=Calibration(method="minmax"))
+    found = calibrate(model, plan, recipe, None, statistics=statistics)
+    random = calibrate(model, plan, recipe, NormalImages((3, 48, 192)))
+    known = [name for name, one in found.items() if one.initialized == "batch_norm"]
+    activations = [quantizer for quantizer in plan.quantizers if quantizer.kind == "activation"]
+    assert len(known) > len(activations) / 2
+    ratios = np.array([float(found[name].scale / random[name].scale) for name in known])
+    assert 1 / 2 < np.median(ratios) < 2
+    assert np.mean((ratios > 1 / 4) & (ratios < 4)) > 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalImages:
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return 4
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        rng = np.random.default_rng(0)
+        for _ in range(len(self)):
+            yield {"x": rng.standard_normal((1, *self.shape)).astype(np.float32)}
 
 
 def test_a_group_is_known_if_all_of_its_tensors_are() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from onnx_text import parse
 
 from rewriter.finalize.weights import quantize_weights
 from rewriter.insertion import insert
+from rewriter.lowering import lower
 from rewriter.placement import place
 from rewriter.quantization import QuantizerParameters, quantize
 from rewriter.recipe import Recipe
+from tests.rewriter.graphs import quantized
 
 SHARED = """<ir_version: 8, opset_import: ["" : 18]>
     g (float[N, 4] x) => (float[N, 4] y) {
@@ -46,3 +50,13 @@ def test_a_shared_weight_is_stored_once_as_the_integers_of_the_reference(bits, p
     np.testing.assert_array_equal(integers, expected)
     assert np.abs(integers).max() <= quantizer.range.qmax
     assert "W" not in model.graph.initializers
+
+
+@pytest.mark.parametrize("taken", ["W_quantized", "W_quantized_dequantized"])
+def test_names_that_other_tensors_have_are_left_to_them(taken):
+    weight = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    model = parse(SHARED.replace("h", taken), {"W": weight})
+    quantized(model)
+    quantize_weights(model)
+    lower(model, saturation="between")
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)

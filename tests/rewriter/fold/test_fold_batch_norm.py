@@ -72,6 +72,37 @@ def test_folds_into(signature: str, layer: str) -> None:
     assert set(model.graph.initializers) <= {"w", "b", "layer_bias"}
 
 
+@pytest.mark.parametrize(
+    ("signature", "layer", "tensor"),
+    [
+        ("float[N,3,8,8] x) => (z) <float[4,3,3,3] w", "Conv(x, w)", "u"),
+        ("float[N,3,8,8] x) => (z) <float[3,4,2,2] w", "ConvTranspose(x, w)", "u"),
+        ("float[N,3] x) => (z) <float[3,4] w", "Gemm(x, w)", "u"),
+        ("float[N,3] x) => (z) <float[3,4] w", "MatMul(x, w)", "u"),
+        ("float[N,3,7] x) => (z) <float[4,3] w", "MatMul(w, x)", "u_biased"),
+        ("float[N,4,8] x) => (z) <float w", "Mul(x, w)", "y"),  # stays a batch norm
+    ],
+)
+def test_statistics_are_those_of_the_tensor_as_it_is_called_now(
+    signature: str, layer: str, tensor: str
+) -> None:
+    """With a scale behind it that turns the sign of gamma."""
+    model = with_statistics(
+        f"g ({signature}, {C4}, float minus> {{ u = {layer} {BN} s = Mul(y, minus) z = Relu(s) }}",
+        gamma=np.array([1, -2, 3, 4], np.float32),
+        minus=np.float32(-0.5),
+    )
+    beta = model.graph.initializers["beta"].const_value.numpy().astype(np.float64)
+    report = fold_and_compare(model)
+    assert list(report.statistics) == [tensor]
+    mean, deviation = report.statistics[tensor]
+    np.testing.assert_array_equal(mean, -0.5 * beta)
+    np.testing.assert_array_equal(deviation, [0.5, 1, 1.5, 2])
+    assert mean.dtype == deviation.dtype == np.float64
+    (relu,) = (node for node in model.graph if node.op_type == "Relu")
+    assert relu.inputs[0].name == tensor
+
+
 def test_one_channel_keeps_a_bias_of_one_element() -> None:
     model = with_statistics(
         "g (float[N,3,8,8] x) => (y) <float[1,3,3,3] w, float[1] b, float[1] gamma, float[1] beta, "

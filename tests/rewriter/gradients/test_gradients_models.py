@@ -13,7 +13,7 @@ from rewriter.load import load
 from rewriter.normalize import normalize
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mnist-conv", (2, 1, 28, 28)), ("ppocr2-cls", (2, 3, 48, 192))])
+@pytest.mark.parametrize(("name", "shape"), [("mnist-conv", (2, 1, 28, 28)), ("ppocr2-cls", (1, 3, 48, 64))])
 def test_directional_derivatives_of_every_parameter(name: str, shape: tuple[int, ...]) -> None:
     """dloss/dw along the unit vector of the gradient is the gradient's norm; loss = sum(scores * r)."""
     model = load(model_path(name))
@@ -54,11 +54,13 @@ def test_directional_derivatives_of_every_parameter(name: str, shape: tuple[int,
 
     for (name, value), gradient in zip(values.items(), computed, strict=True):
         norm = np.linalg.norm(gradient.astype(np.float64))
-        # The step that has the least error: long steps cross the kinks of Relu, short ones are rounding.
-        errors = []
-        for step in (3e-3, 1e-3, 3e-4, 1e-4):
+        # Long steps cross the kinks of Relu, short ones are rounding: one of them must agree.
+        errors: list[float] = []
+        for step in (1e-3, 3e-4, 3e-3, 1e-4):
             h = step * max(float(np.linalg.norm(value)), 1e-3)
             change = h * gradient / norm
             difference = (objective(name, value + change) - objective(name, value - change)) / (2 * h)
             errors.append(abs(difference - norm) / norm)
-        assert min(errors) < 0.02, (name, errors)
+            if errors[-1] < 0.02:
+                break
+        assert errors[-1] < 0.02, (name, errors)

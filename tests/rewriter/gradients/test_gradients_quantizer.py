@@ -223,3 +223,26 @@ def test_on_grid_quantizer_passes_the_gradient_and_has_none_for_its_scale() -> N
     decided = trainability(graph, total.outputs[0], [x, scale, zero_point])
     assert decided.trainable == ("x",)
     assert set(decided.frozen) == {"s", "z"}
+
+
+def test_a_rounded_bias_passes_the_gradient_and_has_none_for_its_scales() -> None:
+    bias, x_scale, weight_scale, r = (
+        ir.val(name, ir.DataType.FLOAT, shape)
+        for name, shape in (("bias", [3]), ("x_scale", []), ("weight_scale", [3]), ("r", [3]))
+    )
+    node = fake_quantize.make_bias(bias, x_scale, weight_scale, name="fqb")
+    product = ir.node("Mul", [node.outputs[0], r], name="product")
+    total = ir.node("ReduceSum", product.outputs, {"keepdims": 0}, name="total")
+    inputs = [bias, x_scale, weight_scale, r]
+    graph = ir.Graph(inputs, [], nodes=[node, product, total], opset_imports={"": 18, "qat": 1}, name="g")
+    decided = trainability(graph, total.outputs[0], inputs[:3])
+    assert decided.trainable == ("bias",)
+    assert set(decided.frozen) == {"x_scale", "weight_scale"}
+    gradient = differentiate(graph, total.outputs[0], [bias])[bias]
+    node.outputs[0].replace_all_uses_with(bias)  # the forward value, which the gradient does not depend on
+    graph.remove(node)
+    graph.outputs.append(gradient)
+    (found,) = session(ir.to_proto(ir.Model(graph, ir_version=9))).run(
+        None, {value.name: np.array([1, -2, 3], np.float32) for value in graph.inputs}
+    )
+    np.testing.assert_array_equal(found, [1, -2, 3])

@@ -15,5 +15,5 @@ def test_gradient_equals_finite_differences(case: Case, shapes: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    ours = {("qat", "FakeQuantize")}  # test_gradients_quantizer.py
+    ours = {("qat", "FakeQuantize"), ("qat", "FakeQuantizeBias")}  # test_gradients_quantizer.py
     assert {("", case.op_type) for case in CASES} == set(RULES) - ours

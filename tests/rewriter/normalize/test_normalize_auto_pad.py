@@ -48,13 +48,16 @@ GEOMETRY = {
 }
 
 
-# With a stride larger than the kernel ONNX pads nothing; onnxruntime's pooling pads a negative number.
+# With a stride larger than the kernel ONNX pads nothing; onnxruntime pads a negative number.
 def fits(mode: str, kernel: int, stride: int) -> bool:
     return mode == "VALID" or stride <= kernel
 
 
 @given(**GEOMETRY)
 def test_convolution(mode, size, kernel, stride, known):
+    # There onnxruntime crops the first row: a negative pad of -2 in all, -1 on each side.
+    assume(mode == "VALID" or stride - kernel <= 1)
+    assume(fits(mode, kernel, stride))
     spatial = [size, size + 1] if known else ["H", "W"]
     settings = {"auto_pad": mode, "strides": [stride, 1]}
     source = one_node("Conv", ["N", 2, *spatial], (4, 1, kernel, 3), group=2, **settings)

@@ -142,6 +142,61 @@ CONSTANTS = "float three = {3}, float zero = {0}, float six = {6}, float sixth =
 VECTOR = np.linspace(-5, 5, 21, dtype=np.float32)
 
 
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize("bias", ["", "[3]", "[1,3]", "[1]", "[1,1]", "[5,3]", "[5,1]"])
+def test_the_factors_of_a_gemm_go_into_its_constants(bias: str, trans_b: int) -> None:
+    weight = "[3,4]" if trans_b else "[4,3]"
+    declared = (
+        f", float{bias} b = {{{', '.join(['0.7', '-0.3', '1.1'] * 5)[: _length(bias)]}}}" if bias else ""
+    )
+    text = (
+        f"g (float[5,4] x) => (float[5,3] y) <float{weight} w = {{{NUMBERS}}}{declared}> "
+        f"{{ y = Gemm <alpha = 0.3, beta = 1.7, transB = {trans_b}> (x, w{', b' if bias else ''}) }}"
+    )
+    rewritten = apply(FuseBiasPass(), text, normal(5, 4))
+    gemm = node_of(rewritten, "Gemm")
+    assert not {"alpha", "beta"} & set(gemm.attributes)
+    assert set(rewritten.graph.initializers) == {"w", "b"} - (set() if bias else {"b"})
+    if bias and not bias.startswith("[5"):
+        assert list(gemm.inputs[2].shape) == [3]
+
+
+NUMBERS = "0.1, 0.2, 0.3, 0.4, 0.5, 0.6, -0.1, -0.2, -0.3, -0.4, -0.5, -0.6"
+
+
+def _length(shape: str) -> int:
+    """Characters of that many of the numbers of the biases."""
+    count = int(np.prod([int(size) for size in shape[1:-1].split(",")]))
+    return len(", ".join((["0.7", "-0.3", "1.1"] * 5)[:count]))
+
+
+def test_a_scalar_bias_of_a_gemm_has_one_value_per_channel():
+    constants = f"float[4,3] w = {{{NUMBERS}}}, float b = {{0.7}}"
+    text = f"g (float[5,4] x) => (float[5,3] y) <{constants}> {{ y = Gemm(x, w, b) }}"
+    gemm = node_of(apply(FuseBiasPass(), text, normal(5, 4)), "Gemm")
+    np.testing.assert_array_equal(gemm.inputs[2].const_value.numpy(), np.full(3, 0.7, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("signature", "nodes"),
+    [
+        ("float[5,4] x, float[4,3] w, float[3] b", "y = Gemm <alpha = 0.3, beta = 1.7> (x, w, b)"),
+        (f"float[5,4] x) => (float[5,3] y) <float[4,3] w = {{{NUMBERS}}}", "y = Gemm <alpha = 0.0> (x, w)"),
+        (
+            f"float[5,4] x) => (float[5,3] y) <float[4,3] w = {{{NUMBERS}}}",
+            "a = Gemm <alpha = 0.3> (x, w)  b = MatMul(x, w)  y = Add(a, b)",
+        ),
+    ],
+    ids=["not_constant", "zero", "shared"],
+)
+def test_factors_stay_where_the_constants_are_not_the_gemms_own(signature, nodes):
+    is_fed = "y)" not in signature
+    text = f"g ({signature}{') => (float[5,3] y)' if is_fed else '>'} {{ {nodes} }}"
+    feeds = [normal(5, 4), *([normal(4, 3), normal(3)] if is_fed else [])]
+    rewritten = apply(FuseBiasPass(), text, *feeds)
+    assert "alpha" in node_of(rewritten, "Gemm").attributes
+
+
 def hard_swish_graphs() -> dict[str, str]:
     add = {"x+3": "a = Add(x, three)", "3+x": "a = Add(three, x)"}
     clip = "r = Clip(a, zero, six)"

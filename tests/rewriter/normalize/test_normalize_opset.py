@@ -15,6 +15,7 @@ from normalize_helpers import model, node_of, normal, operators, proto, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from rewriter.errors import ErrorCode, QatError
+from rewriter.normalize import normalize
 from rewriter.normalize.opset import ConvertOpsetPass
 from rewriter.normalize.opset_upgrades import UPGRADES
 from rewriter.normalize.shapes import InferShapesPass
@@ -306,3 +307,22 @@ def _is_addition(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema) -> bool:
     added = [attribute for name, attribute in new.attributes.items() if name not in old.attributes]
     inputs_kept = len(new.inputs) >= len(old.inputs) and new.min_input <= old.min_input
     return not new.deprecated and inputs_kept and not any(attribute.required for attribute in added)
+
+
+@pytest.mark.parametrize("taken", ["c_min", "c_max", "val_0"])
+@pytest.mark.parametrize("maker", ["node", "initializer"])
+def test_new_constants_and_values_do_not_take_names_that_the_model_has(maker: str, taken: str) -> None:
+    """c_min and c_max are what the bounds of c become; val_0 is what onnx-ir calls a value without a name."""
+    before = f"{taken} = Relu(x)" if maker == "node" else ""
+    declared = "" if maker == "node" else f", float[1] {taken} = {{2.0}}"
+    source = proto(
+        f"g (float[2,3,4,4] x) => (float[2,3,4,4] y) <float[1] w = {{3.0}}{declared}> {{ {before} "
+        f"c = Clip <min = -0.5, max = 0.25> (x)  s = Softmax (c)  a = Add (s, {taken})  y = Mul (a, w) }}",
+        opset=9,
+    )
+    (expected,) = run(source, {"x": X[:, :, :4, :4]})
+    result = ir.from_proto(source)
+    normalize(result)
+    names = [v.name for v in (*result.graph.initializers.values(), *(n.outputs[0] for n in result.graph))]
+    assert len(set(names)) == len(names)
+    np.testing.assert_allclose(run(result, {"x": X[:, :, :4, :4]})[0], expected, rtol=1e-6)

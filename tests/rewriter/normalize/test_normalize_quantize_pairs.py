@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, read
 from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.insertion import insert
-from rewriter.load import load
+from rewriter.load import load, save
 from rewriter.lowering import Saturation, lower
 from rewriter.normalize import normalize
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
+from rewriter.operators import weight_operand
 from rewriter.placement import place
 from rewriter.quantization import IntegerRange
 from rewriter.recipe import Recipe
-from tests.rewriter.graphs import graph, listing, quantized, run
+from tests.rewriter.graphs import graph, listing, quantized, ranges_of, run
 
 S, Z = np.array(0.1, np.float32), np.array(3, np.uint8)
 PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
@@ -86,6 +89,29 @@ def test_an_integer_weight_becomes_a_float_one() -> None:
     assert quantizer.axis == 1
     np.testing.assert_allclose(quantizer.x.const_value.numpy(), integers * scale, rtol=1e-7)
     assert "w" not in model.graph.initializers
+
+
+def scales_of_one_element(attribute: str, weight: str, layer: str) -> FakeQuantize:
+    model = graph(
+        f"g (float[N,3,8,8] x) => (y) <int8{weight} w, float[1] ws, int8[1] wz> "
+        f"{{ d = DequantizeLinear{attribute}(w, ws, wz) y = {layer} }}",
+        w=np.ones([int(d) for d in weight[1:-1].split(",")], np.int8),
+        ws=np.array([0.1], np.float32),
+        wz=np.zeros(1, np.int8),
+    )
+    (quantizer,) = raised(model)
+    return quantizer
+
+
+def test_one_scale_is_that_of_the_one_channel_if_the_node_names_its_axis() -> None:
+    quantizer = scales_of_one_element("<axis=0>", "[1,3,3,3]", "Conv(x, d)")
+    assert (quantizer.axis, quantizer.scale.shape) == (0, (1,))
+
+
+@pytest.mark.parametrize(("attribute", "weight"), [("<axis=0>", "[3,1,3,3]"), ("", "[3,1,3,3]")])
+def test_one_scale_of_several_channels_or_of_no_axis_is_per_tensor(attribute: str, weight: str) -> None:
+    quantizer = scales_of_one_element(attribute, weight, "Conv<group=3>(x, d)")
+    assert (quantizer.axis, quantizer.scale.shape) == (None, ())
 
 
 def test_minus_128_keeps_the_full_range() -> None:
@@ -169,6 +195,48 @@ def test_what_we_wrote_is_read_back(real_model: Callable[[str], Path], name: str
     before = listing(lowered)
     insert(lowered, again, {})
     assert listing(lowered) == before
+
+
+ONE_CHANNEL = {
+    "conv": "g (float[N,3,8,8] x) => (y) <float[1,3,3,3] w, float[1] b> { y = Conv(x, w, b) }",
+    "depthwise": "g (float[N,1,8,8] x) => (y) <float[1,1,3,3] w, float[1] b> { y = Conv(x, w, b) }",
+    "conv_transpose": "g (float[N,3,8,8] x) => (y) <float[3,1,2,2] w> { y = ConvTranspose(x, w) }",
+    "gemm": "g (float[N,6] x) => (y) <float[6,1] w, float[1] b> { y = Gemm(x, w, b) }",
+    "gemm_transposed": "g (float[N,6] x) => (y) <float[1,6] w> { y = Gemm<transB=1>(x, w) }",
+    "matmul": "g (float[N,6] x) => (y) <float[6,1] w> { y = MatMul(x, w) }",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=["w8a8", "w8a8_symmetric", "w4a3", "w2a4_symmetric"])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("name", ONE_CHANNEL)
+def test_a_layer_with_one_output_channel_comes_back_from_a_file(
+    name: str, per_channel: bool, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = graph(ONE_CHANNEL[name])
+    operand = weight_operand(model.graph[0])
+    assert operand is not None
+    axis = operand.axis if per_channel else None
+    # Placement may give the one channel a scale of shape []; other writers and older bundles have [1].
+    plan = place(model, recipe)
+    quantizers = tuple(
+        dataclasses.replace(one, axis=axis) if one.kind == "weight" else one for one in plan.quantizers
+    )
+    plan = dataclasses.replace(plan, quantizers=quantizers)
+    insert(model, plan, ranges_of(model, plan))
+    before, constants = facts(model), shapes_of_initializers(model)
+    assert constants["w_scale"] == (() if axis is None else (1,))
+    lower(model, saturation="before")
+    save(model, tmp_path / "lowered.onnx")
+    again = load(tmp_path / "lowered.onnx")
+    RaiseQuantizePairs()(again)
+    RemoveUnusedNodesPass()(again)
+    assert facts(again) == before
+    assert shapes_of_initializers(again) == constants
+
+
+def shapes_of_initializers(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape.numpy()) for name, value in model.graph.initializers.items()}
 
 
 @pytest.mark.parametrize("form", ["before", "between"])

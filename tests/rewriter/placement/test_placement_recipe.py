@@ -52,6 +52,20 @@ def test_outside_the_scope_nothing_asks_for_quantizers() -> None:
     assert all("scope 'b'" in one.reason for one in plan.skipped)
 
 
+def test_an_override_that_matches_nothing_is_an_error() -> None:
+    recipe = Recipe(overrides=(Override(match="Conv"), Override(match="Conf", quantize=False)))
+    with pytest.raises(QatError) as caught:
+        place(chain(), recipe)
+    assert (caught.value.code, caught.value.field) == (
+        ErrorCode.RECIPE_SCOPE_UNMATCHED,
+        "overrides.1.match",
+    )
+
+
+def test_an_override_of_an_operator_that_the_model_lacks_is_none() -> None:
+    place(chain(), Recipe(overrides=(Override(match="Gemm", quantize=False),)))
+
+
 def test_a_scope_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(QatError) as caught:
         place(chain(), Recipe(scope="c"))

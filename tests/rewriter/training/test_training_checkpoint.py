@@ -15,7 +15,6 @@ from rewriter.recipe import Recipe
 from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.checkpoint import latest_checkpoint, read_checkpoint
 from rewriter.training.runtime import TrainingSession, open_session
-from rewriter.training.scales import trained_scales
 from tests.rewriter.training import nets
 
 
@@ -65,15 +64,6 @@ def test_training_resumes_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
         np.testing.assert_array_equal(value, b[name])
 
 
-def test_trained_scales_are_those_of_the_training_graph(bundle: Path) -> None:
-    initial = {"a": np.array([0.5, 2.0], np.float32), "b": np.array(0.1, np.float32)}
-    parameters = {"p": np.array([0.0, np.log(2)], np.float32), "q": np.array(-1, np.float32)}
-    scales = trained_scales(parameters, initial, {"a": "p", "b": "q"})
-    np.testing.assert_allclose(scales["a"], [0.5, 4.0], rtol=1e-6)
-    np.testing.assert_allclose(scales["b"], 0.1 / np.e, rtol=1e-6)
-    assert {(s.dtype.name, s.shape) for s in scales.values()} == {("float32", (2,)), ("float32", ())}
-
-
 def test_the_trained_checkpoint_is_the_latest(bundle: Path) -> None:
     assert latest_checkpoint(bundle) == bundle / "checkpoint"
     open_session(bundle).save(bundle / "trained_checkpoint")
@@ -118,19 +108,22 @@ import onnxruntime.capi
 sys.modules["onnxruntime.capi._pybind_state"] = types.ModuleType("inference only")
 onnxruntime.capi._pybind_state = sys.modules["onnxruntime.capi._pybind_state"]
 from rewriter.errors import QatError
-from rewriter.training.runtime import api
+from rewriter import training_api
 try:
-    api()
+    training_api()
 except QatError as error:
     print(error.code)
 """
 
 _PACKAGE_FIRST = """
-import sys
-import examples.training_api as first
-from rewriter.training.runtime import api
-assert api().Module is first.Module
-print(sys.modules["onnxruntime.training"] is first._package)
+import pathlib, sys, types
+import onnxruntime
+package = sys.modules["onnxruntime.training"] = types.ModuleType("onnxruntime.training")
+package.__path__ = [str(pathlib.Path(onnxruntime.__file__).parent / "training")]
+from onnxruntime.training.api import Module
+import rewriter
+assert rewriter.training_api().Module is Module
+print(sys.modules["onnxruntime.training"] is package)
 """
 
 

@@ -1,0 +1,76 @@
+"""What finalize says of its result: kernels as onnxruntime chooses them, differences as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from rewriter.calibration.npz import NpzSamples
+from rewriter.errors import ErrorCode, QatError
+from rewriter.finalize.verification import compare, count_layer_kernels
+
+
+def write(folder: Path, name: str, body: str, output: str = "float[N, 3] y") -> Path:
+    text = f'<ir_version: 8, opset_import: ["" : 18]>\ng (float[N, 4] x) => ({output}) {body}'
+    onnx.save(onnx.parser.parse_model(text), folder / name)
+    return folder / name
+
+
+LINEAR = "<float[4, 3] w = {0,1,2,3,4,5,6,7,8,9,10,11}, float[3] b = {0,0,BIAS}> { y = Gemm(x, w, b) }"
+
+
+def samples(folder: Path, model: Path, count: int = 70) -> NpzSamples:
+    np.savez(folder / "x.npz", x=np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32))
+    return NpzSamples.open(folder / "x.npz", ir.load(model).graph.inputs)
+
+
+def test_a_float_layer_is_counted_as_one(tmp_path: Path) -> None:
+    assert count_layer_kernels(write(tmp_path, "m.onnx", LINEAR.replace("BIAS", "1"))) == {"Gemm": 1}
+
+
+def test_integer_layers_are_counted_in_the_graph_that_runs(tmp_path: Path) -> None:
+    quantized = """<float s = {0.02}, uint8 z = {128}, float t = {0.1}, int8 zero = {0},
+        int8[4, 3] w = {0,1,2,3,4,5,6,7,8,9,10,11}> {
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  v = DequantizeLinear(w, t, zero)
+        h = MatMul(d, v)  p = QuantizeLinear(h, t, z)  y = DequantizeLinear(p, t, z)
+    }"""
+    assert count_layer_kernels(write(tmp_path, "m.onnx", quantized)) == {"QLinearMatMul": 1}
+
+
+def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
+    model = write(tmp_path, "m.onnx", LINEAR.replace("BIAS", "1"))
+    found = compare(model, model, samples(tmp_path, model), {})
+    assert (found.output, found.samples, found.top1, found.largest_difference) == ("y", 70, 1.0, 0.0)
+    assert found.largest_difference_in_steps == 0
+
+
+def test_differences_are_measured_on_all_samples_in_steps_of_the_output(tmp_path: Path) -> None:
+    reference = write(tmp_path, "a.onnx", LINEAR.replace("BIAS", "0"))
+    other = write(tmp_path, "b.onnx", LINEAR.replace("BIAS", "2"))
+    found = compare(reference, other, samples(tmp_path, reference), {"y": 0.5})
+    x = np.load(tmp_path / "x.npz")["x"].astype(np.float64)
+    expected = x @ np.arange(12).reshape(4, 3)
+    same = expected.argmax(1) == (expected + np.array([0, 0, 2])).argmax(1)
+    assert 0 < same.mean() < 1
+    assert found.top1 == pytest.approx(same.mean())
+    assert found.largest_difference == pytest.approx(2, rel=1e-5)
+    assert found.largest_difference_in_steps == pytest.approx(4, rel=1e-5)
+    unquantized = compare(reference, other, samples(tmp_path, reference), {})
+    assert unquantized.step == pytest.approx(np.ptp(expected) / 255, rel=1e-5)
+
+
+def test_an_output_without_classes_has_no_top1(tmp_path: Path) -> None:
+    body = "<float[4] w = {1,2,3,4}> { y = MatMul(x, w) }"
+    model = write(tmp_path, "m.onnx", body, "float[N] y")
+    assert compare(model, model, samples(tmp_path, model), {}).top1 is None
+
+
+def test_a_model_without_float_outputs_cannot_be_compared(tmp_path: Path) -> None:
+    model = write(tmp_path, "m.onnx", "{ y = ArgMax<axis = 1, keepdims = 0>(x) }", "int64[N] y")
+    with pytest.raises(QatError, match="no float32 output") as caught:
+        compare(model, model, samples(tmp_path, model), {})
+    assert caught.value.code == ErrorCode.RUN_FAILED

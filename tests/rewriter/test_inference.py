@@ -1,0 +1,64 @@
+"""Sessions that print nothing, and errors that a person can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rewriter import inference
+from rewriter.errors import ErrorCode, QatError
+
+
+def model(text: str) -> bytes:
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]>\n{text}')
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+RESHAPE = model("g (float[N, 4] x, int64[1] shape) => (y) { [reshape] y = Reshape(x, shape) }")
+
+
+def test_outputs_come_in_the_order_asked_for() -> None:
+    session = inference.open_session(model("g (float[N] x) => (a, b) { a = Neg(x) b = Abs(x) }"))
+    x = np.array([-2, 3], np.float32)
+    b, a = inference.run(session, ["b", "a"], {"x": x})
+    np.testing.assert_array_equal(a, -x)
+    np.testing.assert_array_equal(b, abs(x))
+
+
+def test_a_failing_node_is_named() -> None:
+    session = inference.open_session(RESHAPE)
+    feed = {"x": np.zeros((2, 4), np.float32), "shape": np.array([3])}
+    with pytest.raises(QatError, match="on samples 0 to 1") as caught:
+        inference.run(session, ["y"], feed, "samples 0 to 1")
+    assert (caught.value.code, caught.value.node) == (ErrorCode.RUN_FAILED, "reshape")
+    assert "/onnxruntime" not in caught.value.message
+
+
+def test_a_model_that_is_refused_is_said_without_its_temporary_folder(tmp_path: Path) -> None:
+    folder = tmp_path / ".onnx-qat-012345" / "a b"
+    folder.mkdir(parents=True)
+    bad = model("g (float[N] x) => (y) { [node] y = Abs(x) }").replace(b"Abs", b"Abz")
+    (folder / "model.onnx").write_bytes(bad)
+    with pytest.raises(QatError) as caught:
+        inference.open_session(folder / "model.onnx")
+    assert caught.value.code == ErrorCode.RUN_FAILED
+    assert "model.onnx" in caught.value.message
+    assert "Abz" in caught.value.message
+    assert ".onnx-qat" not in caught.value.message
+
+
+def test_a_long_message_is_cut() -> None:
+    assert len(inference.reason(RuntimeError("word " * 1000))) == 400
+
+
+def test_an_exception_without_a_message_is_said_by_its_class() -> None:
+    assert inference.reason(MemoryError()) == "MemoryError"
+
+
+def test_nothing_is_printed_of_an_initializer_that_is_not_used(capfd: pytest.CaptureFixture[str]) -> None:
+    inference.open_session(model("g (float[N] x) => (y) <float[1] unused = {1.0}> { y = Abs(x) }"))
+    assert capfd.readouterr() == ("", "")
