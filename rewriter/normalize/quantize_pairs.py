@@ -259,7 +259,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _read_grid(node: ir.Node) -> _Grid | None:
-    """The constant grid of a Q or DQ, None where rule 5 leaves it."""
+    """The constant grid of a Q or DQ, None where rule 6 leaves it."""
     scale, zero_point = constant_array(_input(node, 1)), constant_array(_input(node, 2))
     if scale is None or node.attributes.get_int("block_size", 0) != 0:
         return None
