@@ -149,9 +149,9 @@ def _quantize_static(model: Path, samples: Path, folder: Path) -> Callable[[], o
 
 
 def _prepare(model: Path, samples: Path, folder: Path) -> Callable[[], object]:
-    import rewriter
+    from rewriter import prepare
 
-    return lambda: rewriter.prepare(model, folder / "bundle", calibration=samples)
+    return lambda: prepare(model, folder / "bundle", calibration=samples)
 
 
 OPERATIONS: Final[Mapping[str, Callable[[Path, Path, Path], Callable[[], object]]]] = {
