@@ -92,6 +92,24 @@ def _quantizer(value: ir.Value | None) -> FakeQuantize | None:
     return read(producer) if producer is not None and is_fake_quantize(producer) else None
 
 
+def rounding_of_biases(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes of the lowered form that stand before biases, with the product that is the step."""
+    nodes: set[ir.Node] = set()
+    for node in graph:
+        traits = traits_of(node)
+        if traits is None or traits.bias is None or traits.bias >= len(node.inputs):
+            continue
+        value = node.inputs[traits.bias]
+        product = None if value is None else value.producer()
+        if product is None or _lowered_bias(value) is None:
+            continue
+        rounding, step = (operand.producer() for operand in product.inputs if operand is not None)
+        division = None if rounding is None or rounding.inputs[0] is None else rounding.inputs[0].producer()
+        if step is not None and is_operator(step, "Mul"):
+            nodes.update(part for part in (product, rounding, division, step) if part is not None)
+    return nodes
+
+
 def _lowered_bias(value: ir.Value | None) -> ir.Value | None:
     product = None if value is None else value.producer()
     if product is None or not is_operator(product, "Mul"):

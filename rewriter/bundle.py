@@ -9,7 +9,7 @@ import pathlib
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from rewriter.errors import ErrorCode, QatError
@@ -40,11 +40,15 @@ def describe_file(path: pathlib.Path, name: str | None = None) -> FileEntry:
     return FileEntry(name=name or path.name, **dict(describe(path)))
 
 
-def read_manifest(folder: pathlib.Path) -> Manifest:
+def read_manifest(folder: pathlib.Path, *, verify_all: bool = False) -> Manifest:
     """The manifest of a bundle directory.
 
+    Args:
+        verify_all: whether the digests of large files are compared too, not only those of small ones.
+
     Raises:
-        QatError: `bundle_invalid` when there is none, it cannot be read, or a file that it lists is missing.
+        QatError: `bundle_invalid` when there is none, it cannot be read, or a file that it lists is missing
+            or is not the one that was prepared.
     """
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
@@ -58,11 +62,47 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         error.file = MANIFEST
         raise
     for entry in manifest.files:
-        if not (folder / entry.name).is_file():
-            raise QatError(
-                ErrorCode.BUNDLE_INVALID, f"The bundle lacks {entry.name}: prepare it again.", file=entry.name
-            )
+        _require_file(folder, entry, verify_all or entry.bytes <= _SMALL)
     return manifest
+
+
+def _require_file(folder: pathlib.Path, entry: FileEntry, verify: bool) -> None:
+    path = folder / entry.name
+    try:
+        if path.name != entry.name or not path.is_file():
+            problem = f"The bundle lacks {entry.name}"
+        elif path.stat().st_size != entry.bytes or (verify and describe(path).sha256 != entry.sha256):
+            problem = f"{entry.name} is not the file that {MANIFEST} describes"
+        else:
+            return
+    except OSError as error:
+        problem = f"{entry.name} cannot be read ({error.strerror})"
+    raise QatError(ErrorCode.BUNDLE_INVALID, f"{problem}: prepare the bundle again.", file=entry.name)
+
+
+def require_elsewhere(target: pathlib.Path, bundle: pathlib.Path) -> None:
+    """Raise `output_exists` if an output would replace a file that `prepare` wrote."""
+    if target.name.removesuffix(".data") in _FILES and _resolved(target).parent == _resolved(bundle):
+        raise QatError(
+            ErrorCode.OUTPUT_EXISTS,
+            f"{target} is a file of the bundle, and is not replaced: name another file.",
+            file=target.name,
+        )
+
+
+def require_outside(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
+    """Raise `output_exists` if replacing the directory `target` would delete what is to be read."""
+    for source in sources:
+        if _resolved(source).is_relative_to(_resolved(target)):
+            raise QatError(
+                ErrorCode.OUTPUT_EXISTS,
+                f"{target} is not replaced, {source.name} lies in it: name another directory.",
+                file=target.name,
+            )
+
+
+_FILES: Final = frozenset({MANIFEST, QAT_MODEL, TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL, CHECKPOINT})
+_SMALL: Final = 1 << 20
 
 
 @contextlib.contextmanager
@@ -78,11 +118,13 @@ def new_directory(target: pathlib.Path, *, replace: bool = False) -> Iterator[pa
     """
     target = _resolved(target)
     occupied = _is_occupied(target)
-    if occupied and not (replace and (target / MANIFEST).is_file()):
+    if occupied and not (replace and _is_directory(target) and (target / MANIFEST).is_file()):
         advice = "it is no bundle, and is not replaced" if replace else "or say that it may be replaced"
         raise QatError(
             ErrorCode.OUTPUT_EXISTS, f"{target} exists: name another directory; {advice}.", file=target.name
         )
+    if occupied and pathlib.Path.cwd().is_relative_to(target):
+        raise _unwritable(target, "it is the working directory, or around it")
     with _beside(target) as staging:
         folder, former = staging / "new", staging / "former"
         folder.mkdir()
@@ -107,7 +149,7 @@ def new_file(target: pathlib.Path) -> Iterator[pathlib.Path]:
         QatError: `output_unwritable` when it cannot be written.
     """
     target = _resolved(target)
-    if target.is_dir():
+    if _is_directory(target):
         raise _unwritable(target, "it is a directory")
     with _beside(target) as staging:
         yield staging / target.name
@@ -161,6 +203,13 @@ def _is_occupied(target: pathlib.Path) -> bool:
     """Whether something is there, other than an empty directory."""
     try:
         return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise _unwritable(target, error.strerror) from error
+
+
+def _is_directory(target: pathlib.Path) -> bool:
+    try:
+        return target.is_dir()
     except OSError as error:
         raise _unwritable(target, error.strerror) from error
 

@@ -24,6 +24,7 @@ from rewriter.manifest import Manifest
 from rewriter.progress import Progress, silent
 from rewriter.training.losses import class_layout, dims
 from rewriter.training.runtime import TrainingSession, open_session
+from rewriter.training.scales import trained_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +93,22 @@ def finetune(
         learning_rate: of the first step; more than 0.
         seed: of the order of the samples, which changes every epoch.
         checkpoint: where to start from; None: as prepared.
-        checkpoint_out: file to write when training is over; None: `trained_checkpoint` in the bundle, which
-            `finalize` then uses.
+        checkpoint_out: file to write when training is over, no file that `prepare` wrote; None:
+            `trained_checkpoint` in the bundle, which `finalize` then uses.
 
     Raises:
         QatError: `argument_invalid`, `bundle_invalid`, `data_*`, `output_unwritable` (before any training),
-            `training_runtime_missing`, `checkpoint_invalid`, `run_failed`; `training_diverged` when the loss
-            is not finite, and nothing is written then.
+            `training_runtime_missing`, `checkpoint_invalid`, `run_failed`; `training_diverged` when the loss,
+            or what the last step makes of a parameter, is not finite, and nothing is written then.
     """
-    _require_arguments(epochs, batch_size, learning_rate)
-    manifest = bundles.read_manifest(bundle)
+    _require_arguments(epochs, batch_size, learning_rate, seed)
+    target = checkpoint_out or bundle / bundles.TRAINED_CHECKPOINT
+    bundles.require_elsewhere(target, bundle)
+    manifest = bundles.read_manifest(bundle, verify_all=True)
     model = load_from_bundle(bundle / bundles.EVAL_MODEL)
     scoring = _Scoring.of(model, manifest) if manifest.training.loss_kind == "cross_entropy" else None
     session = open_session(bundle, checkpoint, device=device)
-    by_name = {value.name: value for value in model.graph.inputs}
-    inputs = [by_name[name] for name in session.module.input_names()]
+    inputs = _inputs(model, session)
     samples = NpzSamples.open(data, inputs)
     held_out = None if evaluation is None else _HeldOut.open(evaluation, inputs, batch_size)
     arrays = _in_memory(samples)
@@ -114,24 +116,40 @@ def finetune(
         scoring.require_labels(arrays, data)
     batches = _Batches(len(samples), batch_size, samples.fixed_batch, epochs, data)
 
-    target = checkpoint_out or bundle / bundles.TRAINED_CHECKPOINT
     with bundles.new_file(target) as trained:
         before = None if held_out is None else _evaluate(session, held_out, scoring)
         losses = _train(session, list(arrays.values()), batches, learning_rate, seed, progress)
+        _require_converged(session, manifest)
         after = None if held_out is None else _evaluate(session, held_out, scoring)
         session.save(trained)
     return FinetuneReport(batches.steps, losses, before, after, target)
 
 
-def _require_arguments(epochs: int, batch_size: int, learning_rate: float) -> None:
-    for name, value, allowed in (
-        ("epochs", epochs, epochs >= 1),
-        ("batch_size", batch_size, batch_size >= 1),
-        ("learning_rate", learning_rate, math.isfinite(learning_rate) and learning_rate > 0),
+def _require_arguments(epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
+    largest = float(np.finfo(np.float32).max)
+    for name, value, allowed, must_be in (
+        ("epochs", epochs, epochs >= 1, "at least 1"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("learning_rate", learning_rate, 0 < learning_rate <= largest, "more than 0, and finite in float32"),
+        ("seed", seed, seed >= 0, "at least 0"),
     ):
         if not allowed:
-            least = "more than 0" if name == "learning_rate" else "at least 1"
-            raise QatError(ErrorCode.ARGUMENT_INVALID, f"{name} is {value}; it must be {least}.", field=name)
+            raise QatError(
+                ErrorCode.ARGUMENT_INVALID, f"{name} is {value}; it must be {must_be}.", field=name
+            )
+
+
+def _inputs(model: ir.Model, session: TrainingSession) -> list[ir.Value]:
+    """What a step is fed, with the types and shapes that the eval model declares."""
+    by_name = {value.name: value for value in model.graph.inputs}
+    names = session.module.input_names()
+    if not by_name.keys() >= set(names):
+        raise QatError(
+            ErrorCode.BUNDLE_INVALID,
+            "The eval model has other inputs than the training model: prepare the bundle again.",
+            file=bundles.EVAL_MODEL,
+        )
+    return [by_name[name] for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +203,9 @@ def _train(
     for _ in range(batches.epochs):
         total = 0.0
         for chosen in batches.of_epoch(generator.permutation(batches.samples)):
-            loss = float(np.ravel(module(*(array[chosen] for array in arrays)))[0])
-            if not math.isfinite(loss):
-                raise QatError(
-                    ErrorCode.TRAINING_DIVERGED,
-                    f"The loss is {loss} at step {step + 1} of {batches.steps}: use a smaller learning rate.",
-                )
+            batch = [array[chosen] for array in arrays]
+            loss = float(np.ravel(module(*batch))[0])
+            _require_finite(loss, f"at step {step + 1} of {batches.steps}")
             optimizer.set_learning_rate(learning_rate * (1 + math.cos(math.pi * step / batches.steps)) / 2)
             optimizer.step()
             module.lazy_reset_grad()
@@ -199,7 +214,41 @@ def _train(
             progress("train", step / batches.steps)
         seen = min(batches.samples, batches.per_epoch * (batches.fixed or batches.wanted))
         losses.append(total / seen)
+    module.eval()
+    outputs = module(*batch)
+    _require_finite(float(np.ravel(outputs[0] if isinstance(outputs, tuple) else outputs)[0]), "at the end")
     return tuple(losses)
+
+
+def _require_finite(loss: float, when: str) -> None:
+    if not math.isfinite(loss):
+        raise QatError(
+            ErrorCode.TRAINING_DIVERGED, f"The loss is {loss} {when}: use a smaller learning rate."
+        )
+
+
+def _require_converged(session: TrainingSession, manifest: Manifest) -> None:
+    """The loss of a step says nothing of what the last one makes of the parameters."""
+    parameters = {name: session.state.parameters[name].data for name in manifest.training.trainable}
+    initial, parameter_of = {}, {}
+    for entry in manifest.quantizers:
+        if entry.scale_parameter is not None:
+            parameter_of[entry.scale] = entry.scale_parameter
+            shape = parameters[entry.scale_parameter].shape
+            initial[entry.scale] = np.array(entry.initial_scale, np.float32).reshape(shape)
+    wrong = next((name for name, values in parameters.items() if not np.isfinite(values).all()), None)
+    try:
+        if wrong is None:
+            trained_scales(parameters, initial, parameter_of)
+    except QatError as error:
+        wrong = error.field
+    if wrong is not None:
+        raise QatError(
+            ErrorCode.TRAINING_DIVERGED,
+            f"After the last step the parameter {wrong!r} is not finite, or makes a scale that is 0 or not "
+            "finite: use a smaller learning rate.",
+            field=wrong,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy.typing as npt
+import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rewriter.errors import ErrorCode, QatError
 
@@ -48,7 +50,10 @@ def open_session(
         )
     except Exception as error:  # onnxruntime raises several classes that have only this one in common
         folder = None if isinstance(model, bytes) else model.parent
-        raise run_failed("onnxruntime does not take the model", error, folder) from error
+        failure = run_failed("onnxruntime does not take the model", error, folder)
+        if failure.node is None and not isinstance(model, bytes):
+            failure.node = _only_node_of_operator(model, failure.message)
+        raise failure from error
 
 
 def run(
@@ -79,7 +84,7 @@ def run_failed(what: str, error: Exception, folder: pathlib.Path | None = None) 
         folder: where the model lies, often a temporary directory: left out of the message.
     """
     text = " ".join(str(error).split())
-    node = re.search(r"Name: ?'([^']+)'", text) or re.search(r"[Nn]ode ?\(([^)]+)\)", text)
+    node = re.search(r"Name: ?'([^']+)'", text) or re.search(r"\b[Nn]ode ?\(([^)]+)\)", text)
     return QatError(
         ErrorCode.RUN_FAILED, f"{what}: {reason(error, folder)}", node=node.group(1) if node else None
     )
@@ -90,7 +95,26 @@ def reason(error: Exception, folder: pathlib.Path | None = None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if folder is not None:
         text = text.replace(f"{folder}/", "")
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
-    # Where a check of the C++ code failed: path on the machine that it was built on, function, condition.
-    text = re.sub(r"/\S*/onnxruntime/(?:core|contrib_ops)/\S+:\d+ ", "", text)
+    # An error inside an error: the innermost says what is wrong.
+    text = _NESTED.split(text)[-1]
+    text = _SOURCE_LINE.sub("", text)
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
+
+
+_NESTED: Final = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+# Where a check of the C++ code failed: file and line, then the function with or without its signature.
+_SOURCE_LINE: Final = re.compile(
+    r"(?:/\S+/)?[\w.]+\.(?:cc|cpp|h|cu):\d+ "
+    r"(?:[\w<>*&, :]*\w::[\w<>*&,~ :]*\([^()]*\)(?:::<lambda\([^()]*\)>)?(?: const)? )?"
+)
+
+
+def _only_node_of_operator(model: pathlib.Path, message: str) -> str | None:
+    """The node that a message means that names its operator alone, if the model has one such node."""
+    try:
+        nodes = onnx.load(model, load_external_data=False).graph.node
+    except (OSError, DecodeError):
+        return None
+    words = set(re.findall(r"\w+", message))
+    found = [node.name for node in nodes if node.op_type in words]
+    return found[0] if len(found) == 1 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from rewriter.declared_shapes import drop_false_shapes
 from rewriter.errors import ErrorCode, QatError
 from rewriter.model_checks import LoadLimits, all_nodes, check_contents
 
@@ -24,6 +26,9 @@ __all__ = ["LoadLimits", "external_data_files", "load", "load_from_bundle", "sav
 
 # protobuf cannot serialize a message of 2 GiB; the margin is for the graph around the weights.
 EXTERNAL_DATA_THRESHOLD: Final = int(1.8 * 2**30)
+
+# Key in the metadata of a loaded model: a value whose declared shape is false, so that none was taken over.
+FALSE_SHAPE: Final = "false_shape"
 
 _DEFAULT_LIMITS: Final = LoadLimits()
 
@@ -42,7 +47,11 @@ def load(path: str | os.PathLike[str], *, limits: LoadLimits = _DEFAULT_LIMITS) 
         proto = _parse(path, limits)
         check_contents(proto, path.parent, limits)
         _check_graph(proto)
-        return _deserialize(proto, path.parent)
+        false_shape = drop_false_shapes(proto)
+        model = _deserialize(proto, path.parent)
+        if false_shape is not None:
+            model.meta[FALSE_SHAPE] = false_shape
+        return model
     except QatError as error:
         error.file = error.file or path.name
         raise
@@ -119,9 +128,17 @@ def _with_embedded_weights(model: ir.Model) -> ir.Model:
 
 
 def _parse(path: pathlib.Path, limits: LoadLimits) -> onnx.ModelProto:
-    if not path.is_file():
-        raise QatError(ErrorCode.MODEL_NOT_FOUND, "There is no such model file.")
-    size = path.stat().st_size
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise QatError(ErrorCode.MODEL_NOT_FOUND, "There is no such model file.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise QatError(ErrorCode.MODEL_NOT_FOUND, f"The model file cannot be read: {reason}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or the like"
+        raise QatError(ErrorCode.MODEL_NOT_FOUND, f"This is {what}, not a model file.")
+    size = status.st_size
     if size > limits.file_bytes:
         raise QatError(
             ErrorCode.MODEL_TOO_LARGE,

@@ -183,8 +183,9 @@ class Manifest(_Section):
             return cls.model_validate_json(data)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = "".join(f"{part}." for part in first["loc"])
+            place = f"{where.removesuffix('.')}: " if where else ""
             raise QatError(
                 ErrorCode.BUNDLE_INVALID,
-                f"This is no manifest of schema version {SCHEMA_VERSION}: {where}: {first['msg']}.",
+                f"This is no manifest of schema version {SCHEMA_VERSION}: {place}{first['msg']}.",
             ) from error

@@ -65,6 +65,16 @@ def training(report: TrainingReport) -> Training:
     )
 
 
+def false_shape(name: str | None) -> tuple[str, ...]:
+    """The warning about declared shapes, if one is false."""
+    if name is None:
+        return ()
+    return (
+        f"the model declares a shape for {name!r} that its operators do not compute: the declared shapes "
+        "are ignored, and inferred instead",
+    )
+
+
 def warnings(
     normalization: NormalizationReport,
     plan: Plan,
@@ -73,6 +83,7 @@ def warnings(
 ) -> tuple[str, ...]:
     """What the owner of the model should know before training."""
     found = [*normalization.warnings, *report.warnings]
+    found.extend(p.warning for p in parameters.values() if p.warning is not None)
     uncalibrated = sum(p.initialized.startswith("uncalibrated") for p in parameters.values())
     if uncalibrated:
         activations = sum(quantizer.kind == "activation" for quantizer in plan.quantizers)

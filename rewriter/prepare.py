@@ -10,12 +10,14 @@ import onnx_ir as ir
 import onnxruntime
 
 from rewriter import bundle as bundles
+from rewriter import inference
 from rewriter import manifest_sections as sections
 from rewriter.calibration import calibrate
+from rewriter.errors import ErrorCode, QatError
 from rewriter.fold.batch_norm import FoldReport, fold_batch_norms
 from rewriter.insertion import insert
 from rewriter.installation import training_build
-from rewriter.load import external_data_files, load, save
+from rewriter.load import FALSE_SHAPE, external_data_files, load, save
 from rewriter.lowering import lower
 from rewriter.manifest import Manifest, Normalization, Source
 from rewriter.normalize import normalize
@@ -24,6 +26,8 @@ from rewriter.progress import Progress, silent
 from rewriter.quantization import Plan, QuantizerParameters
 from rewriter.recipe import Recipe
 from rewriter.training.artifacts import write_training_artifacts
+from rewriter.training.reserved_names import free_reserved_names
+from rewriter.training.runtime import open_session
 
 
 def prepare(
@@ -52,6 +56,8 @@ def prepare(
     recipe = recipe or Recipe()
     recipe.require_supported()
     training_build()  # its absence is said before the work, not after it
+    if replace:
+        bundles.require_outside(output, [model] if calibration is None else [model, calibration])
     with bundles.new_directory(output, replace=replace) as folder:
         progress("load", 0.0)
         graph = load(model)
@@ -59,7 +65,9 @@ def prepare(
         progress("load", 1.0)
 
         progress("normalize", 0.0)
+        false_shape = graph.meta.get(FALSE_SHAPE)
         normalization = normalize(graph)
+        free_reserved_names(graph)
         folding = fold_batch_norms(graph) if recipe.batch_norm == "fold_inference" else FoldReport()
         progress("normalize", 1.0)
 
@@ -88,12 +96,33 @@ def prepare(
             skipped=sections.skipped(plan, folding),
             frozen=sections.frozen(training),
             training=sections.training(training),
-            warnings=sections.warnings(normalization, plan, parameters, training),
+            warnings=(
+                *sections.false_shape(false_shape),
+                *sections.warnings(normalization, plan, parameters, training),
+            ),
             files=tuple(bundles.describe_file(path) for path in written),
         )
         (folder / bundles.MANIFEST).write_bytes(manifest.to_json())
+        _require_loads(folder, model)
         progress("write", 1.0)
     return manifest
+
+
+def _require_loads(folder: pathlib.Path, model: pathlib.Path) -> None:
+    """Raise `run_failed` if the stock API does not load the bundle."""
+    try:
+        open_session(folder, trial=True)
+    except QatError as error:
+        try:
+            inference.open_session(model, inference.session_options(optimize=False))
+        except QatError as own:
+            raise QatError(
+                ErrorCode.RUN_FAILED,
+                f"Neither the model nor its bundle can be run: {own.message}",
+                node=own.node or error.node,
+                file=model.name,
+            ) from own
+        raise
 
 
 def _source(model: pathlib.Path, external_data: list[str]) -> Source:

@@ -124,11 +124,13 @@ class QuantizerParameters:
         zero_point: `Quantizer.range.dtype`, same shape as the scale.
         initialized: how, for the manifest: "values", "calibration:mse", "batch_norm", "existing",
             "uncalibrated", ...
+        warning: a sentence for the manifest.
     """
 
     scale: FloatArray
     zero_point: IntegerArray
     initialized: str
+    warning: str | None = None
 
 
 ParametersByQuantizer = Mapping[str, QuantizerParameters]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import ErrorDetails
 
 from rewriter.errors import ErrorCode, QatError
 
@@ -98,8 +99,8 @@ class Recipe(_Section):
             text = settings if isinstance(settings, str | bytes) else _to_json(settings)
             recipe = cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or _field_in(first["msg"])
+            first, location = _first_error(error)
+            field = ".".join(location) or _field_in(first["msg"])
             raise QatError(
                 ErrorCode.RECIPE_INVALID, f"The recipe is not valid: {first['msg']}.", field=field
             ) from error
@@ -144,6 +145,19 @@ def _to_json(settings: Mapping[str, Any]) -> bytes:
         return pydantic.TypeAdapter(dict[str, Any]).dump_json(dict(settings))
     except (pydantic.ValidationError, ValueError, TypeError) as error:
         raise QatError(ErrorCode.RECIPE_INVALID, "The recipe is not a JSON object.") from error
+
+
+def _first_error(error: pydantic.ValidationError) -> tuple[ErrorDetails, tuple[str, ...]]:
+    """The first error and its field; of those of a field with several forms, the deepest."""
+    located = [(e, _location(e["loc"])) for e in error.errors(include_url=False)]
+    top = located[0][1][:1]
+    return max((pair for pair in located if pair[1][:1] == top), key=lambda pair: len(pair[1]))
+
+
+def _location(loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Without the marks for the forms that a field can have."""
+    parts = [str(part) for part in loc]
+    return tuple(p for p in parts if p != GraphLoss.__name__ and not p.startswith("literal["))
 
 
 def _field_in(message: str) -> str | None:

@@ -15,6 +15,7 @@ Asymmetric ranges are unsigned: [-4, 4] and [-1, 1] have their zero point in the
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ import onnx_ir as ir
 
 from rewriter.calibration.activations import MEMORY_LIMIT, observe
 from rewriter.calibration.bias import make_room_for_biases
+from rewriter.calibration.concat_ranges import Member, concat_inputs, concat_warning
 from rewriter.calibration.known_ranges import known_ranges
 from rewriter.calibration.npz import NpzSamples, Samples
 from rewriter.calibration.observers import Extremes
@@ -83,19 +85,24 @@ def calibrate(
     else:
         found = _from_samples(model, activations, recipe, samples, progress, memory_limit)
     parameters = weights | {
-        quantizer.name: _parameters(quantizer, *found[quantizer.name]) for quantizer in activations
+        quantizer.name: _parameters(quantizer, found[quantizer.name]) for quantizer in activations
     }
     progress("calibrate", 1.0)
     return make_room_for_biases(model.graph, plan, {q.name: parameters[q.name] for q in new})
 
 
-# A range and where it comes from.
-_Origin = tuple[Range, str]
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """A range, where it comes from, and what is wrong with it."""
+
+    range: Range
+    initialized: str
+    warning: str | None = None
 
 
-def _parameters(quantizer: Quantizer, range_: Range, initialized: str) -> QuantizerParameters:
-    scale, zero_point = parameters_from_range(*range_, quantizer.range, symmetric=quantizer.symmetric)
-    return QuantizerParameters(np.asarray(scale), np.asarray(zero_point), initialized)
+def _parameters(quantizer: Quantizer, origin: _Origin) -> QuantizerParameters:
+    scale, zero_point = parameters_from_range(*origin.range, quantizer.range, symmetric=quantizer.symmetric)
+    return QuantizerParameters(np.asarray(scale), np.asarray(zero_point), origin.initialized, origin.warning)
 
 
 def _from_samples(
@@ -111,14 +118,22 @@ def _from_samples(
     by_tensor: dict[str, Extremes] = {
         name: observers[quantizer.name] for quantizer in quantizers for name in _observed(quantizer)
     }
+    concats = concat_inputs(model.graph, quantizers)
+    for name in {name for inputs in concats.values() for group in inputs.values() for name in group}:
+        if name in by_tensor:
+            by_tensor[name] = Member(by_tensor[name])
     if by_tensor:
         observe(model, by_tensor, samples, progress=progress, memory_limit=memory_limit)
-    return {
-        quantizer.name: (choose_range(observer, quantizer, recipe.calibration), f"calibration:{method}")
-        if (observer := observers[quantizer.name]).low < observer.high or observer.low != 0
-        else (_ALL_ZERO_RANGE, "uncalibrated:all_zero")
-        for quantizer in quantizers
-    }
+    found = {}
+    for quantizer in quantizers:
+        observer = observers[quantizer.name]
+        if observer.low == observer.high == 0:
+            found[quantizer.name] = _Origin(_ALL_ZERO_RANGE, "uncalibrated:all_zero")
+            continue
+        range_ = choose_range(observer, quantizer, recipe.calibration)
+        warning = concat_warning(concats.get(quantizer.name, {}), by_tensor)
+        found[quantizer.name] = _Origin(range_, f"calibration:{method}", warning)
+    return found
 
 
 def _without_samples(
@@ -139,8 +154,8 @@ def _without_samples(
         known = [part for part in parts if part is not None]
         if len(known) == len(parts) and any(part.low < part.high for part in known):
             range_ = min(part.low for part in known), max(part.high for part in known)
-            origin = "batch_norm" if any(part.from_statistics for part in known) else "bounds"
-            found[quantizer.name] = range_, origin
+            initialized = "batch_norm" if any(part.from_statistics for part in known) else "bounds"
+            found[quantizer.name] = _Origin(range_, initialized)
     unknown = [quantizer for quantizer in quantizers if quantizer.name not in found]
     try:
         random = _from_samples(
@@ -149,10 +164,13 @@ def _without_samples(
     except QatError as error:
         if error.code != ErrorCode.RUN_FAILED:
             raise
-        return found | {quantizer.name: (_DEFAULT_RANGE, "uncalibrated:default") for quantizer in unknown}
+        default = _Origin(_DEFAULT_RANGE, "uncalibrated:default")
+        return found | {quantizer.name: default for quantizer in unknown}
     return found | {
-        name: (range_, "uncalibrated:random_inputs" if origin.startswith("calibration") else origin)
-        for name, (range_, origin) in random.items()
+        name: dataclasses.replace(origin, initialized="uncalibrated:random_inputs", warning=None)
+        if origin.initialized.startswith("calibration")
+        else origin
+        for name, origin in random.items()
     }
 
 

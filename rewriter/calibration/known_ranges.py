@@ -2,7 +2,8 @@
 
 A range is known where batch norm normalized the tensor (mean and standard deviation per channel), where the
 operator bounds its result (Sigmoid, Softmax, Clip, ...) and wherever such a range passes through a monotone
-operator or one that only moves data.
+operator or one that only moves data. Means over a whole axis are known from bounds only: how much they vary
+does not follow from the statistics of single values, which are several times wider.
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ def _same(node: ir.Node, x: KnownRange | None) -> KnownRange | None:
     return x
 
 
+def _mean(node: ir.Node, x: KnownRange | None) -> KnownRange | None:
+    return None if x is None or x.from_statistics else x
+
+
 def _scalar(node: ir.Node, index: int) -> float | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     constant = constant_array(value)
@@ -139,5 +144,6 @@ _RULES: Final[Mapping[str, Callable[[ir.Node, KnownRange | None], KnownRange | N
     "Relu": _relu,
     "Clip": _clip,
     "HardSwish": _hard_swish,
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean"), _same),
+    **dict.fromkeys(("AveragePool", "GlobalMaxPool"), _same),
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _mean),
 }

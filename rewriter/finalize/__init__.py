@@ -28,7 +28,7 @@ from rewriter.lowering import lower
 from rewriter.manifest import FileEntry
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.progress import Progress, silent
-from rewriter.training.checkpoint import latest_checkpoint, read_checkpoint
+from rewriter.training.checkpoint import identity_of, latest_checkpoint, read_checkpoint
 
 __all__ = ["Agreement", "FinalizeReport", "finalize"]
 
@@ -90,14 +90,17 @@ def finalize(
         verify: npz of samples on which the result is compared with the trained fake-quantized model.
 
     Raises:
-        QatError: `bundle_invalid`, `checkpoint_invalid`, `output_unwritable`, `data_*`, `run_failed`.
+        QatError: `bundle_invalid`, `checkpoint_invalid`, `output_exists`, `output_unwritable`, `data_*`,
+            `run_failed`.
     """
-    manifest = bundles.read_manifest(bundle)
+    bundles.require_elsewhere(output, bundle)
+    manifest = bundles.read_manifest(bundle, verify_all=True)
     progress("load", 0.0)
     model = load_from_bundle(bundle / bundles.QAT_MODEL)
     RaiseQuantizePairs()(model)
     RemoveUnusedNodesPass()(model)
-    apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle)))
+    identity = identity_of(bundle / bundles.TRAINING_MODEL)
+    apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle), identity))
     progress("load", 1.0)
 
     with tempfile.TemporaryDirectory() as scratch, bundles.new_file(output) as staging:

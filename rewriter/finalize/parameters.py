@@ -27,11 +27,22 @@ def apply_checkpoint(
     scale_parameters = {
         entry.scale: entry.scale_parameter for entry in manifest.quantizers if entry.scale_parameter
     }
+    if not {*scale_parameters.values()} <= {*manifest.training.trainable}:
+        raise QatError(
+            ErrorCode.BUNDLE_INVALID,
+            "A trained scale is not listed as trainable: prepare the bundle again.",
+            file=bundles.MANIFEST,
+        )
     values: dict[str, npt.NDArray[np.float32]] = {}
     for name in set(manifest.training.trainable) - set(scale_parameters.values()):
         values[name] = require_shape(parameters, name, _initial(model, name).shape)
         _require_finite(values[name], name)
     initial = {scale: _initial(model, scale) for scale in scale_parameters}
+    for entry in manifest.quantizers:
+        if not np.array_equal(
+            _initial(model, entry.scale).ravel(), np.array(entry.initial_scale, np.float32)
+        ):
+            raise _do_not_fit(entry.scale, "is another in")
     values.update(trained_scales(parameters, initial, scale_parameters))
     for name, value in values.items():
         model.graph.initializers[name].const_value = ir.tensor(value, name=name)
@@ -51,11 +62,14 @@ def _initial(model: ir.Model, name: str) -> npt.NDArray[np.float32]:
     """What the bundle was prepared with."""
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
-        raise QatError(
-            ErrorCode.BUNDLE_INVALID,
-            f"{bundles.QAT_MODEL} has no initializer {name!r}, which {bundles.MANIFEST} lists: prepare the "
-            "bundle again.",
-            file=bundles.QAT_MODEL,
-        )
+        raise _do_not_fit(name, "is not in")
     array: npt.NDArray[np.float32] = value.const_value.numpy()
     return array
+
+
+def _do_not_fit(name: str, how: str) -> QatError:
+    return QatError(
+        ErrorCode.BUNDLE_INVALID,
+        f"Initializer {name!r} of {bundles.MANIFEST} {how} {bundles.QAT_MODEL}: prepare the bundle again.",
+        file=bundles.QAT_MODEL,
+    )

@@ -19,9 +19,12 @@ from rewriter.normalize.batch import DynamicBatchPass
 from rewriter.normalize.bias import FuseBiasPass
 from rewriter.normalize.constants import FoldConstantsPass
 from rewriter.normalize.elimination import EliminateNodesPass
+from rewriter.normalize.limits import BoundTensorsPass
 from rewriter.normalize.opset import OPSET, ConvertOpsetPass
+from rewriter.normalize.parameters import check_parameters
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.normalize.shapes import CleanShapesPass, InferShapesPass
+from rewriter.normalize.training_mode import training_mode_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,8 @@ def normalize(model: ir.Model) -> NormalizationReport:
     is possible, shapes are inferred.
 
     Raises:
-        QatError: model_opset_unsupported, model_unsupported, model_no_float_weights.
+        QatError: model_opset_unsupported, model_unsupported, model_no_float_weights, model_too_large,
+            model_invalid (see `check_parameters`).
     """
     source_opset = model.opset_imports.get("", OPSET)
     constants, batch = FoldConstantsPass(), DynamicBatchPass()
@@ -59,6 +63,7 @@ def normalize(model: ir.Model) -> NormalizationReport:
         NameFixPass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         CleanShapesPass(),
+        BoundTensorsPass(),
         InferShapesPass(),
         ConvertOpsetPass(),
         constants,
@@ -78,12 +83,13 @@ def normalize(model: ir.Model) -> NormalizationReport:
     )
     changed = [type(each).__name__ for each in passes if each(model).modified]
     _require_float_weights(model.graph)
+    check_parameters(model.graph)
     return NormalizationReport(
         source_opset=source_opset,
         opset=OPSET,
         changed=tuple(dict.fromkeys(changed)),
         dynamic_batch=batch.inputs,
-        warnings=(*constants.warnings, *batch.warnings),
+        warnings=(*constants.warnings, *batch.warnings, *training_mode_warnings(model)),
     )
 
 

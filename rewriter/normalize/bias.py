@@ -17,14 +17,14 @@ from rewriter.operators import is_constant
 class FuseBiasPass(ir.passes.InPlacePass):
     """Fuses Add into the operator before it, and the factors of a Gemm into its constants.
 
-    1. Add(Conv or ConvTranspose without bias, constant): the constant is the bias, if it has one value for
+    1. Add(Conv or ConvTranspose, constant): the constant is the bias, or part of it, if it has one value for
        each output channel (or one for all) and is the same at every position.
     2. Add(MatMul(x, constant [K, N]), constant [N] or [1, N]) with x known to be 2-D: becomes Gemm.
     3. The value between the two must have no other user and not be a graph output.
     4. alpha and beta of a Gemm become part of its constant B and C, which are multiplied in float64: integer
        kernels want them to be 1. Not a factor of 0, after which B or C could not be trained as before.
     5. A Gemm's constant C with one value, or of shape [1, N], becomes [N].
-    6. Constants that other nodes read too stay as they are (4, 5): they are one weight in training.
+    6. Constants that other nodes read too stay as they are (1, 4, 5): they are one weight in training.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -60,7 +60,8 @@ def _only_used_by(value: ir.Value, node: ir.Node) -> bool:
 
 def _try_convolution(convolution: ir.Node, add: ir.Node, constant: ir.Value, names: FreeNames) -> bool:
     weight, bias = convolution.inputs[1], constant_array(constant)
-    if len(convolution.inputs) > 2 and convolution.inputs[2] is not None:
+    old = convolution.inputs[2] if len(convolution.inputs) > 2 else None
+    if old is not None and not _is_own_constant(old):
         return False
     if bias is None or weight is None or weight.shape is None or not weight.shape.is_static():
         return False
@@ -75,9 +76,14 @@ def _try_convolution(convolution: ir.Node, add: ir.Node, constant: ir.Value, nam
     if aligned.size != aligned.shape[1] or aligned.size not in (1, channels):
         return False
     values = np.ascontiguousarray(np.broadcast_to(aligned.reshape(-1), (channels,)))
-    fused = add_initializer(owning_graph(add), names.take(f"{constant.name}_bias"), values)
-    convolution.resize_inputs(3)
-    convolution.replace_input_with(2, fused)
+    if old is None:
+        fused = add_initializer(owning_graph(add), names.take(f"{constant.name}_bias"), values)
+        convolution.resize_inputs(3)
+        convolution.replace_input_with(2, fused)
+    elif initializer_array(old).shape == values.shape and values.dtype == np.float32:
+        _set_values(old, initializer_array(old) + values)
+    else:
+        return False
     _take_over_output(convolution, add)
     return True
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from rewriter.initializers import add_initializer, constant_array
 from rewriter.normalize.opset import OPSET
+from rewriter.normalize.quantize_pairs import quantizer_arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class FoldConstantsPass(ir.passes.InPlacePass):
     2. The size of the result is inferred before it is computed: what cannot be inferred, or is over the
        limits, stays as it is.
     3. Nodes in subgraphs stay as they are; they may read folded values.
+    4. The saturation and rounding that belong to quantizers the model came with stay: RaiseQuantizePairs
+       reads them.
 
     A weight of two or more dimensions that is folded and also used elsewhere is no longer one weight:
     `warnings` names it.
@@ -67,7 +70,10 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         self._growth, self.warnings = 0, []
         folded = 0
         copied: dict[ir.Value, ir.Node] = {}
+        kept = quantizer_arithmetic(model.graph)
         for node in model.graph:
+            if node in kept:
+                continue
             weights = [value for value in node.inputs if value is not None and _is_weight(value)]
             if self._try_fold(model.graph, node):
                 folded += 1

@@ -28,10 +28,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter import fake_quantize
-from rewriter.bias_quantization import raise_bias_quantizers
+from rewriter.bias_quantization import raise_bias_quantizers, rounding_of_biases
 from rewriter.initializers import add_initializer, constant_array
 from rewriter.names import FreeNames
-from rewriter.normalize.constant_bounds import bound_array
+from rewriter.normalize.quantization_grid import (
+    Grid,
+    float_saturation,
+    integer_bounds,
+    optional_input,
+    read_grid,
+)
 from rewriter.operators import is_operator, movement_inputs, traits_of
 from rewriter.quantization import IntegerRange, dequantize
 
@@ -41,6 +47,27 @@ _STORED_AS = {
     ir.DataType.INT8: IntegerRange(-128, 127),
     ir.DataType.UINT8: IntegerRange(0, 255),
 }
+
+
+def quantizer_arithmetic(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes that a quantizer of a constant consists of: its saturation (rule 2), its rounding (rule 5).
+
+    Evaluated, they would leave a weight that is clipped and a range that is lost.
+    """
+    nodes = rounding_of_biases(graph)
+    for node in graph:
+        if not is_operator(node, "QuantizeLinear"):
+            continue
+        grid, x = read_grid(node), node.inputs[0]
+        if grid is None or x is None:
+            continue
+        source, range_ = float_saturation(x, grid)
+        while range_ is not None and x is not source and (producer := x.producer()) is not None:
+            nodes.add(producer)
+            first = producer.inputs[0]
+            assert first is not None
+            x = first
+    return nodes
 
 
 class RaiseQuantizePairs(ir.passes.InPlacePass):
@@ -55,30 +82,13 @@ class RaiseQuantizePairs(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=raise_bias_quantizers(model) > 0 or modified)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-    """Scale and zero point of one Q or DQ, and the axis of a per-channel one."""
-
-    scale: _Array
-    zero_point: _Array
-    axis: int | None
-
-    def equals(self, other: _Grid) -> bool:
-        return (
-            self.axis == other.axis
-            and self.zero_point.dtype == other.zero_point.dtype
-            and np.array_equal(self.scale, other.scale)
-            and np.array_equal(self.zero_point, other.zero_point)
-        )
-
-
 @dataclasses.dataclass
 class _Found:
     """A pair (or a constant's DQ) that becomes a FakeQuantize of `x`."""
 
     x: ir.Value
     dequantize: ir.Node
-    grid: _Grid
+    grid: Grid
     range: IntegerRange
     saturated: bool
     on_grid: bool = False
@@ -100,7 +110,7 @@ class _Raising:
         self._outputs: dict[tuple[object, ...], ir.Value] = {}
 
     def find(self, node: ir.Node) -> None:
-        grid = _read_grid(node)
+        grid = read_grid(node)
         integers = node.inputs[0]
         if grid is None or integers is None:
             return
@@ -110,12 +120,12 @@ class _Raising:
             return
         producer, clip_range = integers.producer(), None
         if producer is not None and is_operator(producer, "Clip"):
-            clip_range = _integer_bounds(producer)
+            clip_range = integer_bounds(producer)
             integers = producer.inputs[0]
             producer = None if integers is None or clip_range is None else integers.producer()
         if producer is None or not is_operator(producer, "QuantizeLinear"):
             return
-        quantize_grid = _read_grid(producer)
+        quantize_grid = read_grid(producer)
         x = producer.inputs[0]
         if quantize_grid is None or x is None or not quantize_grid.equals(grid):
             return
@@ -123,12 +133,12 @@ class _Raising:
             return
         range_ = clip_range
         if range_ is None:
-            x, range_ = _float_saturation(x, grid)
+            x, range_ = float_saturation(x, grid)
         stored = _STORED_AS[ir.DataType.from_numpy(grid.zero_point.dtype)]
         on_grid = range_ is None and _is_moved(x, _key(node))
         self._found.append(_Found(x, node, grid, range_ or stored, range_ is not None, on_grid))
 
-    def _find_constant(self, node: ir.Node, integers: _Array, grid: _Grid) -> None:
+    def _find_constant(self, node: ir.Node, integers: _Array, grid: Grid) -> None:
         values = dequantize(integers, grid.scale, grid.zero_point, grid.axis)
         if integers.dtype == np.int32:
             self._biases.append((node, values))
@@ -183,7 +193,7 @@ class _Raising:
         """Rule 4."""
         key = (found.key, found.range)
         if key not in self._parameters:
-            scale, zero_point = found.dequantize.inputs[1], _input(found.dequantize, 2)
+            scale, zero_point = found.dequantize.inputs[1], optional_input(found.dequantize, 2)
             stem = (scale.name or "").removesuffix("_scale") if scale is not None else ""
             if not (
                 scale is not None
@@ -238,7 +248,7 @@ class _Raising:
 
 def _key(dequantize: ir.Node) -> tuple[object, ...]:
     axis = dequantize.attributes.get_int("axis", 1)
-    return dequantize.inputs[1], _input(dequantize, 2), axis
+    return dequantize.inputs[1], optional_input(dequantize, 2), axis
 
 
 def _is_moved(x: ir.Value, key: tuple[object, ...]) -> bool:
@@ -252,96 +262,3 @@ def _is_moved(x: ir.Value, key: tuple[object, ...]) -> bool:
         maker is not None and is_operator(maker, "DequantizeLinear") and _key(maker) == key
         for maker in makers
     )
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _read_grid(node: ir.Node) -> _Grid | None:
-    """The constant grid of a Q or DQ, None where rule 6 leaves it."""
-    scale, zero_point = constant_array(_input(node, 1)), constant_array(_input(node, 2))
-    if scale is None or node.attributes.get_int("block_size", 0) != 0:
-        return None
-    if scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
-        return None
-    if _input(node, 2) is None:
-        zero_point = np.zeros(scale.shape, _default_type(node))
-    if zero_point is None or zero_point.dtype not in (np.int8, np.uint8, np.int32):
-        return None
-    axis = _axis_of(node, scale)
-    if zero_point.shape != scale.shape and zero_point.size == scale.size == 1:
-        zero_point = zero_point.reshape(scale.shape)
-    if axis is not None and zero_point.shape == scale.shape:
-        return _Grid(scale, zero_point, axis)
-    if scale.size == zero_point.size == 1:
-        return _Grid(scale.reshape(()), zero_point.reshape(()), None)
-    return None
-
-
-def _axis_of(node: ir.Node, scale: _Array) -> int | None:
-    """The quantization axis of a 1-D scale, None where there is one scale for the whole tensor.
-
-    One scale in a vector is that of the one channel only if the node names the axis and it has one channel:
-    the axis of a node that names none is 1, whatever is quantized.
-    """
-    x = node.inputs[0]
-    if x is None or x.shape is None or scale.ndim != 1:
-        return None
-    axis = node.attributes.get_int("axis", 1)
-    if not -len(x.shape) <= axis < len(x.shape):
-        return None
-    if scale.size == 1 and ("axis" not in node.attributes or x.shape[axis] != 1):
-        return None
-    return axis % len(x.shape)
-
-
-def _default_type(node: ir.Node) -> np.dtype[Any]:
-    x = node.inputs[0]
-    if is_operator(node, "DequantizeLinear") and x is not None and x.dtype is not None:
-        return x.dtype.numpy()
-    return np.dtype(np.uint8)
-
-
-def _integer_bounds(clip: ir.Node) -> IntegerRange | None:
-    bounds = [bound_array(value) for value in clip.inputs[1:3]]
-    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
-        return None
-    return IntegerRange(int(bounds[0].reshape(())), int(bounds[1].reshape(())))
-
-
-def _float_saturation(x: ir.Value, grid: _Grid) -> tuple[ir.Value, IntegerRange | None]:
-    """What is quantized, before the saturation that belongs to the pair, and its integer range (rule 2)."""
-    node = x.producer()
-    if node is None or len(x.uses()) != 1 or x.is_graph_output():
-        return x, None
-    low: ir.Value | None
-    high: ir.Value | None
-    if is_operator(node, "Clip"):
-        source, low, high = node.inputs[0], _input(node, 1), _input(node, 2)
-    elif is_operator(node, "Min") and len(node.inputs) == 2 and node.inputs[0] is not None:
-        inner, high = node.inputs[0].producer(), node.inputs[1]
-        if inner is None or not is_operator(inner, "Max") or len(inner.inputs) != 2:
-            return x, None
-        if len(inner.outputs[0].uses()) != 1 or inner.outputs[0].is_graph_output():
-            return x, None
-        source, low = inner.inputs
-    else:
-        return x, None
-    qmin, qmax = _on_grid(low, grid), _on_grid(high, grid)
-    if source is None or qmin is None or qmax is None or qmin >= qmax:
-        return x, None
-    return source, IntegerRange(qmin, qmax)
-
-
-def _on_grid(bound: ir.Value | None, grid: _Grid) -> int | None:
-    """The integer that a float bound is, the same for all channels."""
-    array = bound_array(bound)
-    if array is None or array.size != grid.scale.size:
-        return None
-    steps = array.reshape(grid.scale.shape).astype(np.float64) / grid.scale + grid.zero_point
-    rounded = np.rint(steps)
-    info = np.iinfo(grid.zero_point.dtype)
-    if np.abs(steps - rounded).max() > 1e-4 or rounded.min() != rounded.max():
-        return None
-    return int(rounded.min()) if info.min <= rounded.min() <= info.max else None

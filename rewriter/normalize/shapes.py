@@ -7,11 +7,16 @@ import logging
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from rewriter.normalize.limits import has_long_vector
+
 BATCH = "batch"
 
 
 class InferShapesPass(ir.passes.InPlacePass):
-    """Infers types and shapes with ONNX's data propagation; a node it cannot handle stays unknown."""
+    """Infers types and shapes with ONNX's data propagation; a node it cannot handle stays unknown.
+
+    Without it where a vector is so long that it would take minutes.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         logger = logging.getLogger(ShapeInferencePass.__module__)
@@ -19,7 +24,8 @@ class InferShapesPass(ir.passes.InPlacePass):
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            inference = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+            follow = not has_long_vector(model)
+            inference = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=follow)
             return inference(model)
         finally:
             logger.setLevel(level)

@@ -29,10 +29,11 @@ from rewriter.lowering import lower
 from rewriter.names import FreeNames
 from rewriter.recipe import LossKind, OptimizerName, Recipe
 from rewriter.training import layout
-from rewriter.training.checkpoint import write_checkpoint
+from rewriter.training.checkpoint import identity_of, stamp, write_checkpoint
 from rewriter.training.losses import Attachment, Dim, attach_loss
 from rewriter.training.optimizer import optimizer_model
 from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
+from rewriter.training.reserved_names import is_reserved, rename
 from rewriter.training.scales import ScaleParameter, TrainedScale, parameterize
 
 
@@ -98,6 +99,8 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
     own_outputs = list(graph.outputs)
     attachment = attach_loss(training, recipe.loss)
     loss = attachment.loss
+    if is_reserved(loss.name or ""):  # the model's own loss: the API would not return it
+        rename([loss], FreeNames(training))
     graph.outputs[:] = [loss, *(output for output in own_outputs if output is not loss)]
     weights, scales, frozen = _trained_values(graph, recipe, loss)
     trained_scales = parameterize(graph, scales)
@@ -123,8 +126,11 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
     write_checkpoint(
         trainable, [value for value in parameters if value not in trained], folder / bundles.CHECKPOINT
     )
+    # In the training model these are inner values.
+    rename([output for output in graph.outputs if is_reserved(output.name or "")], FreeNames(training))
     _add_gradients(training, loss, trainable, _names(parameters))
     _write(training, folder / bundles.TRAINING_MODEL)
+    stamp(folder / bundles.CHECKPOINT, identity_of(folder / bundles.TRAINING_MODEL))
     optimizer = optimizer_model(
         recipe.optimizer,
         opset=graph.opset_imports[""],
@@ -137,7 +143,7 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
 def _require_free_names(graph: ir.Graph) -> None:
     for value in graph.inputs:
         name = value.name or ""
-        if name == layout.RESET or name.endswith(_RESERVED_ENDINGS):
+        if is_reserved(name):
             raise QatError(
                 ErrorCode.MODEL_INVALID,
                 f"onnxruntime-training takes an input called {name!r} for a gradient: rename it.",
@@ -170,6 +176,12 @@ def _trained_values(
             scales.append(scale)
         else:
             frozen[scale.name or ""] = f"frozen by the recipe ({prefix!r})"
+    if not choice.candidates and not scales and recipe.frozen:
+        raise QatError(
+            ErrorCode.NOTHING_TO_TRAIN,
+            f"The recipe's `frozen` leaves no parameter to train: {', '.join(map(repr, recipe.frozen))}.",
+            field="frozen",
+        )
     verdict = trainability(graph, loss, [*choice.candidates, *scales])
     frozen.update(verdict.frozen)
     names = set(verdict.trainable)
@@ -267,5 +279,4 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
     return tuple(value.name or "" for value in values)
 
 
-_RESERVED_ENDINGS: Final = (layout.GRADIENT, layout.BUFFER, layout.ACCUMULATED)
 _LARGE: Final = 1024  # elements; below that a frozen tensor is kept in both models

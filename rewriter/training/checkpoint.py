@@ -62,8 +62,38 @@ def saving(path: pathlib.Path) -> Iterator[None]:
 _PROBE: Final = 1 << 16
 
 
-def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
+def identity_of(training_model: pathlib.Path) -> str:
+    """What tells a bundle from others: in the checkpoint is all that its training model does not say."""
+    return bundles.describe(training_model).sha256
+
+
+def stamp(path: pathlib.Path, identity: str) -> None:
+    """Write into a new checkpoint which bundle it is of: the API keeps that when it loads and saves it."""
+    native = training_build()
+    state = native.load_checkpoint(str(path))
+    state.add_property(IDENTITY, identity)
+    with saving(path):
+        native.save_checkpoint(state, str(path), False)
+
+
+# Name of the property.
+IDENTITY: Final = "training_model_sha256"
+
+
+def of_another_bundle(path: pathlib.Path) -> QatError:
+    """The error to raise for a checkpoint that another bundle's training wrote."""
+    return QatError(
+        ErrorCode.CHECKPOINT_INVALID,
+        f"{path.name} is a checkpoint of another bundle: its scales and weights mean nothing in this one.",
+        file=path.name,
+    )
+
+
+def read_checkpoint(path: pathlib.Path, identity: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
     """All parameters of a checkpoint, trainable and frozen, by name; copies.
+
+    Args:
+        identity: of the bundle that it must be of; a checkpoint that does not say is taken.
 
     Raises:
         QatError: `checkpoint_invalid`, `training_runtime_missing`.
@@ -77,15 +107,19 @@ def read_checkpoint(path: pathlib.Path) -> dict[str, npt.NDArray[np.float32]]:
         )
     try:
         state = native.load_checkpoint(str(path))
-    except RuntimeError as error:
+        found = state.get_property(IDENTITY) if state.has_property(IDENTITY) else identity
+        parameters = {
+            name: np.array(state.get_parameter(name).data.numpy()) for name in sorted(state.parameter_names())
+        }
+    except (RuntimeError, UnicodeDecodeError) as error:  # a damaged one may load
         raise QatError(
             ErrorCode.CHECKPOINT_INVALID,
             f"{path.name} is not a checkpoint of onnxruntime-training 1.19: {reason(error)}",
             file=path.name,
         ) from error
-    return {
-        name: np.array(state.get_parameter(name).data.numpy()) for name in sorted(state.parameter_names())
-    }
+    if identity is not None and found != identity:
+        raise of_another_bundle(path)
+    return parameters
 
 
 def require_shape(

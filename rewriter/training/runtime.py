@@ -22,10 +22,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
-from rewriter.inference import reason, run_failed, training_options
+from rewriter.inference import reason, run_failed, session_options, training_options
 from rewriter.installation import Device, training_build
 from rewriter.training import layout
-from rewriter.training.checkpoint import saving
+from rewriter.training.checkpoint import IDENTITY, identity_of, of_another_bundle, saving
 
 _PACKAGE: Final = "onnxruntime.training"
 
@@ -76,12 +76,18 @@ def without_pytorch() -> Iterator[None]:
 
 
 def open_session(
-    bundle: pathlib.Path, checkpoint: pathlib.Path | None = None, *, device: Device = "cpu"
+    bundle: pathlib.Path,
+    checkpoint: pathlib.Path | None = None,
+    *,
+    device: Device = "cpu",
+    trial: bool = False,
 ) -> TrainingSession:
     """Load a bundle directory for training.
 
     Args:
         checkpoint: where to start from; None: the checkpoint that the bundle was prepared with.
+        trial: whether only to see that it loads: without optimizing the graphs, which takes longest, and
+            without a word in the log.
 
     Raises:
         QatError: `training_runtime_missing`, also when the installed build has no CUDA;
@@ -95,23 +101,24 @@ def open_session(
             "place of [cpu], or train on the CPU.",
             field="device",
         )
-    options = training_options()
+    options = session_options(optimize=False) if trial else training_options()
     # Evaluate the same arithmetic that is trained: no fusion of Q/DQ pairs into integer operators.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     path = checkpoint or bundle / bundles.CHECKPOINT
+    training_model = bundle / bundles.TRAINING_MODEL
     try:
         state = api.CheckpointState.load_checkpoint(path)
-    except RuntimeError as error:
+        if IDENTITY in state.properties and state.properties[IDENTITY] != identity_of(training_model):
+            raise of_another_bundle(path)
+        _require_parameters_of(training_model, state, path)
+    except (RuntimeError, UnicodeDecodeError) as error:  # a damaged one may load
         raise QatError(
             ErrorCode.CHECKPOINT_INVALID,
             f"onnxruntime-training cannot load the checkpoint: {reason(error)}",
             file=path.name,
         ) from error
-    _require_parameters_of(bundle / bundles.TRAINING_MODEL, state, path)
     try:
-        module = api.Module(
-            bundle / bundles.TRAINING_MODEL, state, bundle / bundles.EVAL_MODEL, device, options
-        )
+        module = api.Module(training_model, state, bundle / bundles.EVAL_MODEL, device, options)
         optimizer = api.Optimizer(bundle / bundles.OPTIMIZER_MODEL, module)
     except RuntimeError as error:
         raise run_failed("onnxruntime-training cannot load the bundle", error, bundle) from error

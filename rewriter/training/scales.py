@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from onnx import helper, numpy_helper
 
 from rewriter import inference
 from rewriter.errors import ErrorCode, QatError
+from rewriter.initializers import add_initializer
+from rewriter.names import FreeNames
 from rewriter.training import layout
 from rewriter.training.checkpoint import require_shape
 
@@ -43,8 +45,8 @@ class TrainedScale:
 
     Attributes:
         scale: what the quantizers read; named like the initializer it replaces.
-        initial: initializer with the calibrated scale, `{scale}.initial`.
-        parameter: initializer p, zeros, `{scale}.log_multiplier`; float32, shape of the scale.
+        initial: initializer with the calibrated scale, `{scale}.initial` where that name is free.
+        parameter: initializer p, zeros, `{scale}.log_multiplier` likewise; float32, shape of the scale.
     """
 
     scale: ir.Value
@@ -72,9 +74,10 @@ def trained_scales(
         require_shape(parameters, parameter, initial[name].shape)
     # onnxruntime's Exp, as in the trained graph: NumPy's may differ in the last bit, which moves values that
     # lie on a rounding boundary.
-    model = _scales_model([(name, initial[name], parameters[p]) for name, p in parameter_of.items()])
+    model = _scales_model([(initial[name], parameters[p]) for name, p in parameter_of.items()])
     session = inference.open_session(model.SerializeToString())
-    scales = dict(zip(parameter_of, inference.run(session, list(parameter_of), {}), strict=True))
+    outputs = [value.name for value in model.graph.output]
+    scales = dict(zip(parameter_of, inference.run(session, outputs, {}), strict=True))
     for name, scale in scales.items():
         if not (np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)).all():
             raise QatError(
@@ -86,15 +89,16 @@ def trained_scales(
     return scales
 
 
-def _scales_model(scales: Sequence[tuple[str, FloatArray, FloatArray]]) -> onnx.ModelProto:
-    """Computes name = initial * exp(parameter) for each (name, initial, parameter)."""
+def _scales_model(scales: Sequence[tuple[FloatArray, FloatArray]]) -> onnx.ModelProto:
+    """Computes initial * exp(parameter) for each (initial, parameter), as one output each."""
     nodes, initializers, outputs = [], [], []
-    for name, initial, parameter in scales:
-        nodes.append(helper.make_node("Exp", [name + _PARAMETER], [name + ".multiplier"]))
-        nodes.append(helper.make_node("Mul", [name + _INITIAL, name + ".multiplier"], [name]))
-        initializers.append(numpy_helper.from_array(initial, name + _INITIAL))
-        initializers.append(numpy_helper.from_array(parameter, name + _PARAMETER))
-        outputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, initial.shape))
+    for index, (initial, parameter) in enumerate(scales):
+        scale, s0, p, multiplier = (f"{kind}_{index}" for kind in ("scale", "s0", "p", "multiplier"))
+        nodes.append(helper.make_node("Exp", [p], [multiplier]))
+        nodes.append(helper.make_node("Mul", [s0, multiplier], [scale]))
+        initializers.append(numpy_helper.from_array(initial, s0))
+        initializers.append(numpy_helper.from_array(parameter, p))
+        outputs.append(helper.make_tensor_value_info(scale, onnx.TensorProto.FLOAT, initial.shape))
     graph = helper.make_graph(nodes, "scales", [], outputs, initializers)
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=layout.NEWEST_IR_VERSION
@@ -104,37 +108,26 @@ def _scales_model(scales: Sequence[tuple[str, FloatArray, FloatArray]]) -> onnx.
 def parameterize(graph: ir.Graph, scales: Sequence[ir.Value]) -> list[TrainedScale]:
     """Replace each initializer in `scales` by s0 * exp(p), computed at the head of the graph."""
     first = next(iter(graph))
-    return [_parameterize(graph, scale, first) for scale in scales]
+    names = FreeNames(graph)
+    return [_parameterize(graph, scale, first, names) for scale in scales]
 
 
-_INITIAL: Final = ".initial"
-_PARAMETER: Final = ".log_multiplier"
-
-
-def _parameterize(graph: ir.Graph, scale: ir.Value, first: ir.Node) -> TrainedScale:
+def _parameterize(graph: ir.Graph, scale: ir.Value, first: ir.Node, names: FreeNames) -> TrainedScale:
     name, tensor = scale.name, scale.const_value
     assert name is not None
     assert tensor is not None
     del graph.initializers[name]
     scale.const_value = None
-    initial = _initializer(graph, name + _INITIAL, tensor)
-    zeros = ir.tensor(np.zeros(tensor.shape.numpy(), np.float32), name=name + _PARAMETER)
-    parameter = _initializer(graph, name + _PARAMETER, zeros)
-    exponential = ir.node("Exp", [parameter], name=f"{name}{_PARAMETER}/Exp")
-    product = ir.node("Mul", [initial, exponential.outputs[0]], name=f"{name}/Mul")
+    initial = add_initializer(graph, names.take(f"{name}.initial"), tensor.numpy())
+    zeros = np.zeros(tensor.shape.numpy(), np.float32)
+    parameter = add_initializer(graph, names.take(f"{name}.log_multiplier"), zeros)
+    exponential = ir.node("Exp", [parameter], name=names.take(f"{parameter.name}/Exp"))
+    product = ir.node("Mul", [initial, exponential.outputs[0]], name=names.take(f"{name}/Mul"))
     multiplier, trained = exponential.outputs[0], product.outputs[0]
     for value in (multiplier, trained):
         value.shape, value.type = initial.shape, initial.type
-    multiplier.name = f"{name}.multiplier"
+    multiplier.name = names.take(f"{name}.multiplier")
     scale.replace_all_uses_with(trained)
     scale.name, trained.name = None, name
     graph.insert_before(first, [exponential, product])
     return TrainedScale(trained, initial, parameter)
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

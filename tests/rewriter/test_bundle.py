@@ -2,14 +2,19 @@
 
 import errno
 import hashlib
+import json
 import os
 import zipfile
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from rewriter import bundle
 from rewriter.errors import ErrorCode, QatError
+from rewriter.finalize import finalize
+from rewriter.prepare import prepare
+from tests.rewriter.training import nets
 
 
 def test_a_new_directory_appears_when_the_work_is_done(tmp_path):
@@ -176,3 +181,89 @@ def test_a_directory_without_a_manifest_is_not_a_bundle(tmp_path, content):
         bundle.read_manifest(tmp_path)
     assert caught.value.code == ErrorCode.BUNDLE_INVALID
     assert caught.value.file == bundle.MANIFEST
+
+
+def prepared(folder):
+    """A bundle of a small model."""
+    ir.save(nets.mlp(), folder / "float.onnx")
+    prepare(folder / "float.onnx", folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("name", ["qat_model.onnx", "training_model.onnx", "eval_model.onnx", "checkpoint"])
+def test_a_file_that_is_not_the_one_that_was_prepared_is_named(tmp_path, name):
+    folder = prepared(tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(QatError, match="prepare the bundle again") as caught:
+        bundle.read_manifest(folder)
+    assert (caught.value.code, caught.value.file) == (ErrorCode.BUNDLE_INVALID, name)
+
+
+def test_a_large_file_is_verified_where_it_is_used(tmp_path):
+    folder = prepared(tmp_path)
+    large = folder / "qat_model.onnx"
+    large.write_bytes(bytes(2 << 20))
+    manifest = bundle.read_manifest
+    document = json.loads((folder / bundle.MANIFEST).read_text())
+    entry = next(entry for entry in document["files"] if entry["name"] == large.name)
+    entry["bytes"] = 2 << 20
+    (folder / bundle.MANIFEST).write_text(json.dumps(document))
+    assert manifest(folder)
+    with pytest.raises(QatError) as caught:
+        manifest(folder, verify_all=True)
+    assert caught.value.file == large.name
+
+
+def test_a_manifest_lists_files_of_its_own_folder_only(tmp_path):
+    folder = prepared(tmp_path)
+    document = json.loads((folder / bundle.MANIFEST).read_text())
+    document["files"][0]["name"] = "../float.onnx"
+    (folder / bundle.MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(QatError) as caught:
+        bundle.read_manifest(folder)
+    assert caught.value.code == ErrorCode.BUNDLE_INVALID
+
+
+@pytest.mark.parametrize("name", ["qat_model.onnx", "manifest.json", "checkpoint"])
+def test_no_output_replaces_a_file_of_the_bundle(tmp_path, name):
+    folder = prepared(tmp_path)
+    before = (folder / name).read_bytes()
+    with pytest.raises(QatError) as caught:
+        finalize(folder, folder / "." / name)
+    assert (caught.value.code, caught.value.file) == (ErrorCode.OUTPUT_EXISTS, name)
+    assert (folder / name).read_bytes() == before
+
+
+def test_replacing_does_not_delete_the_model(tmp_path):
+    folder = prepared(tmp_path)
+    (tmp_path / "float.onnx").rename(folder / "float.onnx")
+    with pytest.raises(QatError) as caught:
+        prepare(folder / "float.onnx", folder, replace=True)
+    assert caught.value.code == ErrorCode.OUTPUT_EXISTS
+    assert (folder / "float.onnx").exists()
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(prepared(tmp_path))
+    with pytest.raises(QatError, match="working directory") as caught:
+        prepare(tmp_path / "float.onnx", Path("."), replace=True)
+    assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+
+
+def test_a_directory_that_may_not_be_searched_is_said(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(QatError) as caught, bundle.new_file(tmp_path / "closed" / "model.onnx"):
+        pass
+    assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "1: Invalid JSON"), (b"[]", "1: Input should be")])
+def test_what_is_wrong_with_a_manifest_is_said_once(tmp_path, content, reason):
+    (tmp_path / bundle.MANIFEST).write_bytes(content)
+    with pytest.raises(QatError, match=reason):
+        bundle.read_manifest(tmp_path)

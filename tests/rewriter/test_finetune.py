@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from rewriter.errors import ErrorCode, QatError
+from rewriter.finalize import finalize
 from rewriter.finetune import finetune
 from rewriter.prepare import prepare
 from rewriter.recipe import Recipe
@@ -214,3 +215,40 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(QatError) as caught:
         finetune(tmp_path / "nowhere", data)
     assert caught.value.code == ErrorCode.BUNDLE_INVALID
+
+
+@pytest.mark.parametrize(("ranges", "learning_rate"), [("learned", 1e3), ("learned", 1e30), ("fixed", 3e38)])
+def test_a_last_step_that_diverges_writes_nothing(
+    tmp_path: Path, data: Path, ranges: str, learning_rate: float
+) -> None:
+    bundle = make_bundle(tmp_path, nets.mlp(), Recipe(ranges=ranges))
+    before = digests(bundle)
+    with pytest.raises(QatError) as caught:
+        finetune(bundle, data, batch_size=SAMPLES, learning_rate=learning_rate)
+    assert caught.value.code == ErrorCode.TRAINING_DIVERGED
+    assert digests(bundle) == before
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"learning_rate": np.inf}, {"learning_rate": np.nan}, {"learning_rate": 1e39}, {"seed": -1}],
+)
+def test_an_argument_that_cannot_be_meant_is_named(bundle: Path, data: Path, argument: dict) -> None:
+    with pytest.raises(QatError) as caught:
+        finetune(bundle, data, **argument)
+    assert (caught.value.code, caught.value.field) == (ErrorCode.ARGUMENT_INVALID, next(iter(argument)))
+
+
+def test_a_checkpoint_of_another_bundle_with_the_same_shapes_is_refused(
+    tmp_path: Path, bundle: Path, data: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    trained = finetune(make_bundle(other, nets.mlp(), Recipe(weight_bits=8)), data).checkpoint
+    for use in (
+        lambda: finetune(bundle, data, checkpoint=trained),
+        lambda: finalize(bundle, tmp_path / "int8.onnx", checkpoint=trained),
+    ):
+        with pytest.raises(QatError, match="another bundle") as caught:
+            use()
+        assert (caught.value.code, caught.value.file) == (ErrorCode.CHECKPOINT_INVALID, trained.name)

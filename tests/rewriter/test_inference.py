@@ -62,3 +62,36 @@ def test_an_exception_without_a_message_is_said_by_its_class() -> None:
 def test_nothing_is_printed_of_an_initializer_that_is_not_used(capfd: pytest.CaptureFixture[str]) -> None:
     inference.open_session(model("g (float[N] x) => (y) <float[1] unused = {1.0}> { y = Abs(x) }"))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "/onnxruntime_src/orttraining/api/module.cc:312 onnxruntime::api::Module::Module(const Ids&, "
+            "std::vector<std::shared_ptr<P> >&) [ONNXRuntimeError] : 1 : FAIL : Node (n) Op (Sub) bad",
+            "Node (n) Op (Sub) bad",
+        ),
+        (
+            "Exception: /onnxruntime_src/a_b.cc:945 onnxruntime::f(pybind11::module&)::<lambda(const "
+            "std::string&)> [ONNXRuntimeError] : 1 : FAIL : checkpoint.cc:867 Load Verification failed",
+            "Load Verification failed",
+        ),
+        ("running Reshape node. /onnxruntime_src/x/y.h:45 A::A(const T&, bool) it is false", None),
+    ],
+)
+def test_the_innermost_reason_is_said_without_source_lines(said: str, kept: str | None) -> None:
+    assert inference.reason(RuntimeError(said)) == (kept or "running Reshape node. it is false")
+
+
+def test_the_only_node_of_an_operator_that_is_refused_is_named(tmp_path: Path) -> None:
+    cubic = """g (float[N, 4, 4, 1] x) => (y) {
+        scales = Constant<value_floats = [1.0, 2.0, 2.0, 1.0]>()
+        [enlarge] y = Resize<mode = "cubic">(x, , scales)
+    }"""
+    (tmp_path / "model.onnx").write_bytes(model(cubic))
+    with pytest.raises(QatError) as caught:
+        inference.open_session(tmp_path / "model.onnx")
+    assert caught.value.node == "enlarge"
+    assert "\n" not in str(caught.value)
+    assert "onnxruntime_src" not in caught.value.message

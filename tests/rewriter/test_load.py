@@ -386,3 +386,10 @@ def test_a_damaged_model_of_a_bundle_is_a_damaged_bundle(tmp_path):
 def test_real_models_are_loaded(real_model):
     for name in ("mnist-conv", "ppocr2-cls", "light-resnet50", "minilm-l3"):
         assert len(load(real_model(name)).graph) > 0
+
+
+@pytest.mark.parametrize(("path", "what"), [(".", "directory"), ("/dev/zero", "device")])
+def test_what_is_no_file_is_said(path, what):
+    with pytest.raises(QatError, match=what) as caught:
+        load(path)
+    assert caught.value.code == ErrorCode.MODEL_NOT_FOUND

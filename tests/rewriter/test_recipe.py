@@ -78,3 +78,13 @@ def test_what_this_version_cannot_do_is_said_and_not_ignored(fields, field):
         Recipe.parse(fields)
     assert caught.value.code == ErrorCode.RECIPE_UNSUPPORTED
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("loss", "field"),
+    [("nope", "loss"), (3, "loss"), ({"output": ""}, "loss.output"), ({"x": 1}, "loss.output")],
+)
+def test_a_wrong_loss_is_named_without_the_forms_it_could_have(loss, field):
+    with pytest.raises(QatError) as caught:
+        Recipe.parse({"loss": loss})
+    assert caught.value.field == field

@@ -98,11 +98,28 @@ def test_a_bias_shared_by_two_convolutions_is_each_ones_own():
     assert first is not second
 
 
-def test_a_second_constant_stays_after_a_bias():
-    text = """g (float[2,2,4,4] x) => (float[] y)
-        <float[1,2,1,1] w = {1, 2}, float[1] a = {5}, float[1,1,1] b = {3}>
-        { c = Conv(x, w, a)  y = Add(c, b) }"""
-    assert operators(apply(FuseBiasPass(), text, IMAGE)) == {"Conv": 1, "Add": 1}
+@pytest.mark.parametrize("constant", ["[1,1,1] b = {3}", "[2,1,1] b = {3, -4}", "[1,2,1,1] b = {3, -4}"])
+@pytest.mark.parametrize("add", ["y = Add(c, b)", "y = Add(b, c)"])
+def test_a_second_constant_is_added_to_the_bias(constant, add):
+    text = f"""g (float[2,2,4,4] x) => (float[] y)
+        <float[2,2,1,1] w = {{1, 2, -1, 3}}, float[2] a = {{5, 6}}, float{constant}>
+        {{ c = Conv(x, w, a)  {add} }}"""
+    rewritten = apply(FuseBiasPass(), text, IMAGE)
+    assert operators(rewritten) == {"Conv": 1}
+    assert node_of(rewritten, "Conv").inputs[2].name == "a"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "nodes", "outputs"),
+    [
+        ("float[1] a = {5}", "c = Conv(x, w, a)  d = Conv(x, w, a)  y = Add(c, b)", "float[] y, float[] d"),
+        ("float[1] z = {5}", "a = Neg(z)  c = Conv(x, w, a)  y = Add(c, b)", "float[] y"),
+    ],
+)
+def test_a_second_constant_stays_after_a_bias_that_is_shared_or_computed(parameters, nodes, outputs):
+    text = f"""g (float[2,2,4,4] x) => ({outputs})
+        <float[1,2,1,1] w = {{1, 2}}, float[1,1,1] b = {{3}}, {parameters}> {{ {nodes} }}"""
+    assert operators(apply(FuseBiasPass(), text, IMAGE))["Add"] == 1
 
 
 # Rule 2.

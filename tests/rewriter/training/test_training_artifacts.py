@@ -356,3 +356,9 @@ def test_the_same_input_gives_the_same_bytes_in_any_process_and_needs_no_pytorch
     digests, packages = json.loads(done.stdout)
     assert digests == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in ours.iterdir()}
     assert packages == []
+
+
+def test_a_recipe_that_freezes_everything_is_said(tmp_path: Path) -> None:
+    with pytest.raises(QatError, match="frozen") as caught:
+        write_training_artifacts(nets.mlp(), Recipe(frozen=("W1", "b1", "W2", "b2")), tmp_path)
+    assert (caught.value.code, caught.value.field) == (ErrorCode.NOTHING_TO_TRAIN, "frozen")

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_another_bundle_is_refused(bundle: Path, tmp_path: Path)
     other.mkdir()
     write_training_artifacts(nets.mlp(), Recipe(), other)  # the same without quantizers
     for folder, checkpoint in ((bundle, other / "checkpoint"), (other, bundle / "checkpoint")):
-        with pytest.raises(QatError, match="log_multiplier") as caught:
+        with pytest.raises(QatError, match="another bundle") as caught:
             open_session(folder, checkpoint)
         assert caught.value.code == ErrorCode.CHECKPOINT_INVALID
 
@@ -135,3 +135,12 @@ print(sys.modules["onnxruntime.training"] is package)
 def test_importing_the_training_api(script: str, says: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == says
+
+
+def test_a_checkpoint_whose_names_are_damaged_is_refused(bundle: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes((bundle / "checkpoint").read_bytes().replace(b"W1", b"\xbf1"))
+    for load in (read_checkpoint, lambda path: open_session(bundle, path)):
+        with pytest.raises(QatError) as caught:
+            load(damaged)
+        assert (caught.value.code, caught.value.file) == (ErrorCode.CHECKPOINT_INVALID, "damaged")
