@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.step_process import Step, serve
-from examples.training_api import CheckpointState, Module, Optimizer
+from rewriter import training_api
 
 # Operators whose output is their input's memory: they take no time and move nothing.
 _VIEWS: Final = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
@@ -32,10 +32,11 @@ def make_step(folder: Path, threads: int, profile: Path | None = None) -> Step:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.enable_profiling = profile is not None
     options.profile_file_prefix = str(profile / "module") if profile else ""
-    state = CheckpointState.load_checkpoint(folder / "checkpoint")
-    module = Module(folder / "training_model.onnx", state, None, "cpu", options)
+    api = training_api()
+    state = api.CheckpointState.load_checkpoint(folder / "checkpoint")
+    module = api.Module(folder / "training_model.onnx", state, None, "cpu", options)
     options.profile_file_prefix = str(profile / "optimizer") if profile else ""
-    optimizer = Optimizer(folder / "optimizer_model.onnx", module)
+    optimizer = api.Optimizer(folder / "optimizer_model.onnx", module)
     optimizer.set_learning_rate(1e-4)
     with np.load(folder / "feeds.npz") as arrays:
         feeds = list(arrays.values())

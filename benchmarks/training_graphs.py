@@ -15,7 +15,6 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-import examples.training_api  # noqa: F401
 import rewriter
 from benchmarks.resnet import CLASSES, IMAGE, resnet
 from benchmarks.torch_program import write_torch_program
@@ -30,6 +29,7 @@ from rewriter.placement import place
 from rewriter.recipe import GraphLoss, LossName, Recipe
 from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.losses import attach_loss
+from rewriter.training.runtime import without_pytorch
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -134,8 +134,8 @@ class Job:
 
 def _float_stock(job: Job, folder: Path) -> None:
     """The same float graph and loss, differentiated by generate_artifacts."""
-    # Imported when `examples.training_api` has made that possible without PyTorch.
-    from onnxruntime.training import artifacts
+    with without_pytorch():
+        from onnxruntime.training import artifacts
 
     model = job.float_model()
     trainable = _float(job, folder)
