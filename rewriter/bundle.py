@@ -119,9 +119,7 @@ def new_directory(target: pathlib.Path, *, replace: bool = False) -> Iterator[pa
     target = _resolved(target)
     occupied = _is_occupied(target)
     if occupied and not (replace and _is_directory(target) and (target / MANIFEST).is_file()):
-        advice = (
-            "it is no bundle, and is not replaced" if replace else "or have it replaced (--force)"
-        )
+        advice = "it is no bundle, and is not replaced" if replace else "or have it replaced (--force)"
         raise QatError(
             ErrorCode.OUTPUT_EXISTS, f"{target} exists: name another directory; {advice}.", file=target.name
         )
