@@ -94,9 +94,7 @@ def _window(node: ir.Node) -> _Window:
 def _make_explicit(node: ir.Node, padding: _Padding, names: FreeNames) -> None:
     mode = node.attributes["auto_pad"].as_string()
     if mode in ("NOTSET", "VALID"):
-        node.attributes.pop("auto_pad")
-        if mode == "VALID":
-            node.attributes.pop("pads", None)
+        _drop_mode_without_pads(node, mode)
         return
     window = _window(node)
     totals = []
@@ -124,12 +122,17 @@ def _set_pads(node: ir.Node, begin: list[int], end: list[int]) -> None:
     node.attributes["pads"] = ir.AttrInt64s("pads", (*begin, *end))
 
 
+def _drop_mode_without_pads(node: ir.Node, mode: str) -> None:
+    """NOTSET: the pads are explicit already; VALID: there are none."""
+    node.attributes.pop("auto_pad")
+    if mode == "VALID":
+        node.attributes.pop("pads", None)
+
+
 def _make_transposed_explicit(node: ir.Node) -> None:
     mode = node.attributes["auto_pad"].as_string()
     if mode in ("NOTSET", "VALID"):
-        node.attributes.pop("auto_pad")
-        if mode == "VALID":
-            node.attributes.pop("pads", None)
+        _drop_mode_without_pads(node, mode)
         return
     window = _window(node)
     added = node.attributes.get_ints("output_padding") or [0] * len(window.extent)

@@ -64,6 +64,20 @@ def test_convolution(mode, size, kernel, stride, known):
     assert_same_with_explicit_pads(source, normal(2, 2, size, size + 1))
 
 
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("size", [7, 9, 12])
+def test_a_stride_that_skips_more_than_the_kernel_pads_nothing(mode, known, size):
+    """ONNX: ceil(size / stride) outputs and no negative pads: windows start at 0, stride, 2 stride, ..."""
+    spatial = [size, size] if known else ["H", "W"]
+    source = one_node("Conv", ["N", 2, *spatial], (3, 2, 1, 1), auto_pad=mode, strides=[3, 3])
+    weight = source.graph.initializers["w"].const_value.numpy()[:, :, 0, 0]
+    x = normal(2, 2, size, size)
+    ExplicitPadsPass()(source)
+    expected = np.einsum("oc,nchw->nohw", weight.astype(np.float64), x[:, :, ::3, ::3].astype(np.float64))
+    np.testing.assert_allclose(run(source, {"x": x})[0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("known", [True, False])
