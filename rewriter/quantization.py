@@ -49,8 +49,8 @@ class IntegerRange:
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
-        """The smallest integer type that holds the range. QuantizeLinear of opset 13..18 has both of the 8-bit
-        types, and none of the 16-bit ones."""
+        """The smallest integer type that holds the range; QuantizeLinear of opset 13..18 has the 8-bit ones
+        only."""
         wide = self.qmax - self.qmin > 255
         if self.qmin >= 0:
             return np.dtype(np.uint16 if wide else np.uint8)
