@@ -1,7 +1,12 @@
 """The nodes that stand for quantizers in the graph between insertion and lowering.
 
-    y = FakeQuantize(x, scale, zero_point) {qmin, qmax, axis?, on_grid}
-    y = FakeQuantizeBias(bias, x_scale, weight_scale)    = round(bias / (s_x * s_w)) * (s_x * s_w), int32
+    y = FakeQuantize(x, scale, zero_point, gate?) {qmin, qmax, axis?, on_grid, margin}
+    y = FakeQuantizeBias(bias, x_scale, weight_scale, gate?)     = round(bias / (s_x * s_w)) * (s_x * s_w)
+    y = StraightThroughRound(x)                                  = round_half_even(x)
+
+The zero point is an initializer of the integer type, or computed in the graph: then it is float32, of
+integral values in [qmin, qmax]. Where a gate (bool, shape []) is given and false, y = x. StraightThroughRound
+has the gradient of the identity: it makes the zero points that training moves.
 
 One node per quantized tensor keeps the passes in between simple: the gradient of a quantizer is one rule,
 and each product lowers it in the form that serves it best (`rewriter.lowering`). The nodes never reach a
@@ -20,6 +25,14 @@ from rewriter.quantization import IntegerRange
 DOMAIN: Final = "qat"
 OP_TYPE: Final = "FakeQuantize"
 BIAS_OP_TYPE: Final = "FakeQuantizeBias"
+ROUND_OP_TYPE: Final = "StraightThroughRound"
+
+# How far outside of what the integers represent gradients still pass, in steps: up to what rounds into the
+# range (LSQ), or not at all (tf.contrib.quantize clips).
+ROUNDS_INTO_RANGE: Final = 0.5
+CLIPS_AT_RANGE: Final = 0.0
+
+_GATE: Final = 3  # input of both quantizer nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +43,11 @@ class FakeQuantize:
     x: ir.Value
     scale: ir.Value
     zero_point: ir.Value
+    gate: ir.Value | None
     range: IntegerRange
     axis: int | None
     on_grid: bool
+    margin: float
 
     @property
     def output(self) -> ir.Value:
@@ -66,7 +81,7 @@ def make(
 
 def read(node: ir.Node) -> FakeQuantize:
     """The parts of a FakeQuantize node (`is_fake_quantize(node)` holds)."""
-    x, scale, zero_point = node.inputs
+    x, scale, zero_point = node.inputs[:_GATE]
     assert x is not None
     assert scale is not None
     assert zero_point is not None
@@ -76,10 +91,28 @@ def read(node: ir.Node) -> FakeQuantize:
         x=x,
         scale=scale,
         zero_point=zero_point,
+        gate=_gate(node),
         range=IntegerRange(node.attributes["qmin"].as_int(), node.attributes["qmax"].as_int()),
         axis=None if axis is None else axis.as_int(),
         on_grid=bool(node.attributes["on_grid"].as_int()),
+        margin=node.attributes.get_float("margin", ROUNDS_INTO_RANGE),
     )
+
+
+def set_gate(node: ir.Node, gate: ir.Value) -> None:
+    """Make a FakeQuantize or FakeQuantizeBias node act only where `gate` (bool, shape []) is true."""
+    if len(node.inputs) <= _GATE:
+        node.resize_inputs(_GATE + 1)
+    node.replace_input_with(_GATE, gate)
+
+
+def set_margin(node: ir.Node, margin: float) -> None:
+    """How many steps outside of its range the gradient of a FakeQuantize node still passes."""
+    node.attributes["margin"] = ir.AttrFloat32("margin", margin)
+
+
+def _gate(node: ir.Node) -> ir.Value | None:
+    return node.inputs[_GATE] if len(node.inputs) > _GATE else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +128,21 @@ class FakeQuantizeBias:
     bias: ir.Value
     x_scale: ir.Value
     weight_scale: ir.Value
+    gate: ir.Value | None
 
 
 def is_fake_quantize_bias(node: ir.Node | None) -> bool:
     return node is not None and node.domain == DOMAIN and node.op_type == BIAS_OP_TYPE
+
+
+def is_straight_through_round(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == ROUND_OP_TYPE
+
+
+def make_round(x: ir.Value, *, name: str) -> ir.Node:
+    """A StraightThroughRound node on `x`, not yet in a graph."""
+    output = ir.Value(name=f"{name}_output", shape=x.shape, type=x.type)
+    return ir.node(ROUND_OP_TYPE, [x], domain=DOMAIN, outputs=[output], name=name)
 
 
 def make_bias(bias: ir.Value, x_scale: ir.Value, weight_scale: ir.Value, *, name: str) -> ir.Node:
@@ -110,8 +154,8 @@ def make_bias(bias: ir.Value, x_scale: ir.Value, weight_scale: ir.Value, *, name
 
 def read_bias(node: ir.Node) -> FakeQuantizeBias:
     """The parts of a FakeQuantizeBias node (`is_fake_quantize_bias(node)` holds)."""
-    bias, x_scale, weight_scale = node.inputs
+    bias, x_scale, weight_scale = node.inputs[:_GATE]
     assert bias is not None
     assert x_scale is not None
     assert weight_scale is not None
-    return FakeQuantizeBias(node, bias, x_scale, weight_scale)
+    return FakeQuantizeBias(node, bias, x_scale, weight_scale, _gate(node))

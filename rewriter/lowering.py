@@ -1,5 +1,11 @@
 """Lowering: FakeQuantize nodes become QuantizeLinear/DequantizeLinear pairs of opset 13..18.
 
+Ranges of more than 8 bits have no integer type there. "before" spells them out, in standard operators,
+
+    y = (clip(round(x / s) + z, qmin, qmax) - z) * s            without z where it is 0
+
+and "between" uses com.microsoft's 16-bit pairs, which onnxruntime has for any opset.
+
 Where the quantizer's range is narrower than its integer type (fewer bits, narrow range), something must
 saturate:
 
@@ -10,7 +16,8 @@ saturate:
   nothing else: onnxruntime's x86 kernels are for unsigned activations, and it converts signed pairs itself
   only where nothing stands in between, and not before every operator.
 
-Biases become Round(bias / step) * step with step = s_x * s_w.
+Biases become Round(bias / step) * step with step = s_x * s_w. A gate becomes a Where that chooses between the
+quantized and the float tensor. Zero points that are computed (float32) are cast to the integer type.
 
 Both give exactly `quantization.quantize` and `dequantize`. Tensors that are on the grid already need no
 saturation.
@@ -24,10 +31,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, is_fake_quantize_bias, read, read_bias
-from rewriter.initializers import add_initializer, initializer_array
+from rewriter.fake_quantize import (
+    FakeQuantize,
+    is_fake_quantize,
+    is_fake_quantize_bias,
+    is_straight_through_round,
+    read,
+    read_bias,
+)
+from rewriter.initializers import add_initializer, constant_array, initializer_array
 from rewriter.names import FreeNames
-from rewriter.operators import is_constant
+from rewriter.operators import MICROSOFT, is_constant
 
 Saturation = Literal["before", "between"]
 
@@ -35,7 +49,7 @@ Saturation = Literal["before", "between"]
 def lower(model: ir.Model, *, saturation: Saturation) -> None:
     """Replace every FakeQuantize of the graph by a Q/DQ pair, and every FakeQuantizeBias, in place.
 
-    Scales may be initializers or computed; zero points must be initializers.
+    Scales and zero points may be initializers or computed; "between" takes initializers only.
     """
     nodes = [node for node in model.graph if is_fake_quantize(node)]
     zero_points = [read(node).zero_point for node in nodes]
@@ -43,14 +57,18 @@ def lower(model: ir.Model, *, saturation: Saturation) -> None:
     for node in list(model.graph):
         if is_fake_quantize_bias(node):
             lowering.round_bias(node)
+        elif is_straight_through_round(node):
+            lowering.round(node)
     for node in nodes:
         quantizer = read(node)  # anew: its input may be the output of one that is lowered now
-        if saturation == "before":
-            lowering.saturate_before(quantizer)
-        else:
+        if saturation == "between":
             lowering.saturate_between(quantizer)
+        elif _is_wide(quantizer):
+            lowering.spell_out(quantizer)
+        else:
+            lowering.saturate_before(quantizer)
     for zero_point in zero_points:
-        if not zero_point.uses():  # replaced by a shifted one
+        if zero_point.is_initializer() and not zero_point.uses():  # replaced by a shifted one, or not needed
             model.graph.initializers.pop(zero_point.name or "", None)
 
 
@@ -61,7 +79,9 @@ class _Lowering:
         # What quantizers share: bounds of one scale, integer constants of the whole graph.
         self._bounds: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
         self._integers: dict[tuple[int, np.dtype[np.integer]], ir.Value] = {}
+        self._numbers: dict[float, ir.Value] = {}
         self._shifted: dict[ir.Value, ir.Value] = {}
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def saturate_before(self, quantizer: FakeQuantize) -> None:
         x, nodes = quantizer.x, []
@@ -73,11 +93,32 @@ class _Lowering:
                 nodes = [self._node("Max", [x, low], x, "above_low")]
                 nodes.append(self._node("Min", [nodes[0].outputs[0], high], x, "clipped"))
             x = nodes[-1].outputs[0]
-        quantize = self._quantize(quantizer, x, quantizer.zero_point)
-        dequantize = self._dequantize(quantizer, quantize.outputs[0], quantizer.zero_point)
+        zero_point = self._as_type(quantizer, ir.DataType.from_numpy(quantizer.range.dtype))
+        quantize = self._quantize(quantizer, x, zero_point)
+        dequantize = self._dequantize(quantizer, quantize.outputs[0], zero_point)
         self._replace(quantizer, [*nodes, quantize, dequantize])
 
+    def spell_out(self, quantizer: FakeQuantize) -> None:
+        x, range_ = quantizer.x, quantizer.range
+        scale = self._broadcasting(quantizer, quantizer.scale)
+        zero_point = None
+        if not _is_zero(quantizer.zero_point):
+            zero_point = self._broadcasting(quantizer, self._as_type(quantizer, ir.DataType.FLOAT))
+        nodes = [self._node("Div", [x, scale], x, "steps")]
+        nodes.append(self._node("Round", [nodes[-1].outputs[0]], x, "rounded"))
+        if zero_point is not None:
+            nodes.append(self._node("Add", [nodes[-1].outputs[0], zero_point], x, "shifted"))
+        bounds = [self._number(float(bound)) for bound in (range_.qmin, range_.qmax)]
+        nodes.append(self._node("Clip", [nodes[-1].outputs[0], *bounds], x, "quantized"))
+        if zero_point is not None:
+            nodes.append(self._node("Sub", [nodes[-1].outputs[0], zero_point], x, "shifted_back"))
+        nodes.append(self._node("Mul", [nodes[-1].outputs[0], scale], x, "dequantized"))
+        self._replace(quantizer, nodes)
+
     def saturate_between(self, quantizer: FakeQuantize) -> None:
+        if _is_wide(quantizer):
+            self._wide_pair(quantizer)
+            return
         shift = _is_signed_activation(quantizer)
         zero_point = self._shift(quantizer.zero_point) if shift else quantizer.zero_point
         quantize = self._quantize(quantizer, quantizer.x, zero_point)
@@ -91,6 +132,28 @@ class _Lowering:
         nodes.append(self._dequantize(quantizer, nodes[-1].outputs[0], zero_point))
         self._replace(quantizer, nodes)
 
+    def _wide_pair(self, quantizer: FakeQuantize) -> None:
+        """Saturated in float: onnxruntime has no Clip of 16-bit integers, and no integer kernels to lose."""
+        nodes, x = [], quantizer.x
+        if _saturates(quantizer):
+            low, high = self._float_bounds(quantizer)
+            nodes = [self._node("Clip", [x, low, high], x, "clipped")]
+            x = nodes[-1].outputs[0]
+        quantize = self._quantize(quantizer, x, quantizer.zero_point)
+        dequantize = self._dequantize(quantizer, quantize.outputs[0], quantizer.zero_point)
+        for node in (quantize, dequantize):
+            node.domain = MICROSOFT
+        self._graph.opset_imports.setdefault(MICROSOFT, 1)
+        self._replace(quantizer, [*nodes, quantize, dequantize])
+
+    def round(self, node: ir.Node) -> None:
+        x = node.inputs[0]
+        assert x is not None
+        rounded = self._node("Round", [x], x, "rounded")
+        ir.convenience.replace_nodes_and_values(
+            self._graph, node, [node], [rounded], [node.outputs[0]], [rounded.outputs[0]]
+        )
+
     def round_bias(self, node: ir.Node) -> None:
         """Round and the two products are all that int32 does to a bias: it is never out of range."""
         bias = read_bias(node)
@@ -98,14 +161,16 @@ class _Lowering:
         quotient = self._node("Div", [bias.bias, step.outputs[0]], bias.bias, "steps")
         rounded = self._node("Round", [quotient.outputs[0]], bias.bias, "rounded_steps")
         product = self._node("Mul", [rounded.outputs[0], step.outputs[0]], bias.bias, "rounded")
+        nodes = self._gated([step, quotient, rounded, product], bias.gate, bias.bias)
         ir.convenience.replace_nodes_and_values(
-            self._graph,
-            node,
-            [node],
-            [step, quotient, rounded, product],
-            [node.outputs[0]],
-            [product.outputs[0]],
+            self._graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]]
         )
+
+    def _gated(self, nodes: list[ir.Node], gate: ir.Value | None, x: ir.Value) -> list[ir.Node]:
+        """The nodes, and where there is a gate one that chooses between their result and `x`."""
+        if gate is None:
+            return nodes
+        return [*nodes, self._node("Where", [gate, nodes[-1].outputs[0], x], x, "gated")]
 
     def _shift(self, zero_point: ir.Value) -> ir.Value:
         if zero_point not in self._shifted:
@@ -125,26 +190,56 @@ class _Lowering:
         return self._bounds[key]
 
     def _float_bound(self, quantizer: FakeQuantize, bound: int, label: str) -> ir.Value:
-        scale = quantizer.scale
-        steps = (bound - initializer_array(quantizer.zero_point).astype(np.int64)).astype(np.float32)
-        shape: list[int] = []
-        if quantizer.axis is not None:
-            shape = [1] * _rank(quantizer.x)
-            shape[quantizer.axis] = -1
-            steps = steps.reshape(shape)
-            scale = self._along_axis(quantizer, shape)
-        constant = self._constant(f"{quantizer.scale.name}_{label}_steps", steps)
-        product = self._node("Mul", [scale, constant], quantizer.scale, label)
-        product.outputs[0].shape = constant.shape
+        scale = self._broadcasting(quantizer, quantizer.scale)
+        zero_point = constant_array(quantizer.zero_point)
+        if zero_point is None:
+            shift = self._broadcasting(quantizer, self._as_type(quantizer, ir.DataType.FLOAT))
+            difference = self._node("Sub", [self._number(float(bound)), shift], shift, f"{label}_steps")
+            self._graph.insert_before(quantizer.node, difference)
+            steps = difference.outputs[0]
+        else:
+            array = (bound - zero_point.astype(np.int64)).astype(np.float32)
+            if quantizer.axis is not None:
+                array = array.reshape(_along(quantizer))
+            steps = self._constant(f"{quantizer.scale.name}_{label}_steps", array)
+        product = self._node("Mul", [scale, steps], quantizer.scale, label)
+        product.outputs[0].shape = steps.shape
         self._graph.insert_before(quantizer.node, product)
         return product.outputs[0]
 
-    def _along_axis(self, quantizer: FakeQuantize, shape: list[int]) -> ir.Value:
-        target = self._constant(f"{quantizer.scale.name}_shape", np.array(shape, np.int64))
-        reshape = self._node("Reshape", [quantizer.scale, target], quantizer.scale, "along_axis")
+    def _broadcasting(self, quantizer: FakeQuantize, parameter: ir.Value) -> ir.Value:
+        """The scale or zero point in a shape that broadcasts along the axis of a per-channel quantizer."""
+        if quantizer.axis is None:
+            return parameter
+        target = self._constant(f"{parameter.name}_shape", np.array(_along(quantizer), np.int64))
+        reshape = self._node("Reshape", [parameter, target], parameter, "along_axis")
         reshape.outputs[0].shape = None
         self._graph.insert_before(quantizer.node, reshape)
         return reshape.outputs[0]
+
+    def _as_type(self, quantizer: FakeQuantize, dtype: ir.DataType) -> ir.Value:
+        """The zero point in another type than the one it has."""
+        zero_point = quantizer.zero_point
+        if zero_point.dtype == dtype or (
+            dtype != ir.DataType.FLOAT and zero_point.dtype != ir.DataType.FLOAT
+        ):
+            return zero_point
+        key = (zero_point, dtype)
+        if key not in self._casts:
+            cast = self._node("Cast", [zero_point], zero_point, dtype.name.lower())
+            cast.attributes["to"] = ir.AttrInt64("to", dtype.value)
+            cast.outputs[0].type = ir.TensorType(dtype)
+            self._insert_early(cast, zero_point)
+            self._casts[key] = cast.outputs[0]
+        return self._casts[key]
+
+    def _insert_early(self, node: ir.Node, x: ir.Value) -> None:
+        """Behind what makes `x`: later quantizers share the node."""
+        producer = x.producer()
+        if producer is None:
+            self._graph.insert_before(self._graph[0], node)
+        else:
+            self._graph.insert_after(producer, node)
 
     def _quantize(self, quantizer: FakeQuantize, x: ir.Value, zero_point: ir.Value) -> ir.Node:
         node = self._node("QuantizeLinear", [x, quantizer.scale, zero_point], quantizer.x, "quantized")
@@ -156,6 +251,7 @@ class _Lowering:
         return _with_axis(node, quantizer.axis)
 
     def _replace(self, quantizer: FakeQuantize, nodes: list[ir.Node]) -> None:
+        nodes = self._gated(nodes, quantizer.gate, quantizer.x)
         ir.convenience.replace_nodes_and_values(
             self._graph, quantizer.node, [quantizer.node], nodes, [quantizer.output], [nodes[-1].outputs[0]]
         )
@@ -172,13 +268,29 @@ class _Lowering:
             self._integers[number, dtype] = self._constant(name, np.array(number, dtype))
         return self._integers[number, dtype]
 
+    def _number(self, number: float) -> ir.Value:
+        if number not in self._numbers:
+            name = f"steps_{number:g}".replace("-", "minus_")
+            self._numbers[number] = self._constant(name, np.array(number, np.float32))
+        return self._numbers[number]
+
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         return add_initializer(self._graph, self._names.take(name), array)
 
 
 def _storage(quantizer: FakeQuantize) -> np.dtype[np.integer]:
-    """The integer type of the pair: that of the zero point."""
-    return initializer_array(quantizer.zero_point).dtype
+    """The integer type of the pair: that of the zero point, or where it is computed that of the range."""
+    zero_point = constant_array(quantizer.zero_point)
+    return quantizer.range.dtype if zero_point is None else zero_point.dtype
+
+
+def _is_wide(quantizer: FakeQuantize) -> bool:
+    return quantizer.range.dtype.itemsize > 1
+
+
+def _is_zero(zero_point: ir.Value) -> bool:
+    array = constant_array(zero_point)
+    return array is not None and not array.any()
 
 
 def _saturates(quantizer: FakeQuantize) -> bool:
@@ -195,6 +307,14 @@ def _with_axis(node: ir.Node, axis: int | None) -> ir.Node:
     if axis is not None:
         node.attributes["axis"] = ir.AttrInt64("axis", axis)
     return node
+
+
+def _along(quantizer: FakeQuantize) -> list[int]:
+    """The shape that makes a vector broadcast along the quantization axis."""
+    assert quantizer.axis is not None
+    shape = [1] * _rank(quantizer.x)
+    shape[quantizer.axis] = -1
+    return shape
 
 
 def _rank(value: ir.Value) -> int:

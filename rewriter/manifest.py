@@ -8,9 +8,9 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.recipe import LossKind, OptimizerName, Recipe
+from rewriter.recipe import CounterUnit, FoldStatistics, LossKind, OptimizerName, RangeSource, Recipe
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class _Section(BaseModel):
@@ -65,8 +65,12 @@ class QuantizerEntry(_Section):
     """One quantizer: a scale, a zero point and the tensors that share them.
 
     Attributes:
-        scale: name of the scale initializer in qat_model.onnx.
-        scale_parameter: name of the trained parameter in the checkpoint, null when the scale is fixed.
+        ranges: where the range comes from in training.
+        quant_delay: the first training step at which the quantizer acts; 0 and 1: always.
+        scale: name of the scale initializer in qat_model.onnx, and of the scale in eval_model.onnx.
+        scale_parameter, zero_point_parameter: names of the trained parameters in the checkpoint, null when
+            the one or the other is not trained.
+        range_state: name of the state in the checkpoint that holds the tracked range, null without one.
         initial_scale: one value, or one per channel along `axis`.
         initialized: where the initial scale comes from.
     """
@@ -78,11 +82,15 @@ class QuantizerEntry(_Section):
     symmetric: bool
     qmin: int
     qmax: int
-    dtype: Literal["int8", "uint8"]
+    dtype: Literal["int8", "uint8", "int16", "uint16"]
     axis: int | None
+    ranges: RangeSource
+    quant_delay: int
     scale: str
     scale_parameter: str | None
     zero_point: str
+    zero_point_parameter: str | None
+    range_state: str | None
     initial_scale: tuple[float, ...]
     initial_zero_point: tuple[int, ...]
     initialized: str
@@ -91,12 +99,59 @@ class QuantizerEntry(_Section):
     tensors: tuple[QuantizedTensorEntry, ...]
 
 
+class BatchNormState(_Section):
+    """Names in the checkpoint of what a batch norm is made of: two parameters, two states."""
+
+    gamma: str
+    beta: str
+    running_mean: str
+    running_variance: str
+
+
 class FoldedEntry(_Section):
-    """A batch norm folded into the layer before it."""
+    """A batch norm folded into the layer before it.
+
+    Attributes:
+        statistics: what the statistics of the batch are taken of in training; null: folded once, with the
+            running statistics.
+        freeze_bn_delay: the first training step that uses the running statistics; null: none.
+        state: null where it was folded once.
+    """
 
     batch_norm: str
     node: str
     op: str
+    statistics: FoldStatistics | None
+    freeze_bn_delay: int | None
+    state: BatchNormState | None
+
+
+class TrainedBatchNormEntry(_Section):
+    """A batch norm that stays one, normalizes with the statistics of the batch and freezes as one.
+
+    `reason`: why it is not folded.
+    """
+
+    node: str
+    reason: str
+    freeze_bn_delay: int | None
+    state: BatchNormState
+
+
+class BatchNorms(_Section):
+    """What the model's batch norms were when it came, and what that means.
+
+    Attributes:
+        found: BatchNormalization nodes in the model.
+        training_mode: how many of them were exported in training mode.
+        trained: those that stay batch norms and train.
+        note: a sentence on what freeze_bn_delay does for this model.
+    """
+
+    found: int
+    training_mode: int
+    trained: tuple[TrainedBatchNormEntry, ...]
+    note: str
 
 
 class SkippedEntry(_Section):
@@ -123,6 +178,13 @@ class Target(_Section):
     shape: tuple[int | str | None, ...]
 
 
+class StepCounter(_Section):
+    """The state in the checkpoint that counts, and what it counts; the training graph adds one to it."""
+
+    state: str
+    counts: CounterUnit
+
+
 class Training(_Section):
     """What a training loop has to feed, what it gets and what it changes.
 
@@ -135,6 +197,8 @@ class Training(_Section):
         inputs: everything a step is fed, in order, the target last.
         eval_outputs: outputs of the eval model after the loss: those of the model itself.
         trainable: parameters in the checkpoint that training changes, those of scales among them.
+        state: what the checkpoint holds and the training graph itself updates: the step counter, ranges and
+            running statistics.
         scales: how scale parameters p are trained: "exp" is scale = initial_scale * exp(p); "fixed": not.
     """
 
@@ -147,13 +211,15 @@ class Training(_Section):
     eval_outputs: tuple[str, ...]
     optimizer: OptimizerName
     trainable: tuple[str, ...]
+    state: tuple[str, ...]
+    step_counter: StepCounter
     scales: Literal["exp", "fixed"]
 
 
 class Manifest(_Section):
     """Everything a bundle says about itself; see the attributes' classes."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     recipe: Recipe
     source: Source
     calibration: Digest | None
@@ -162,6 +228,7 @@ class Manifest(_Section):
     quantizers: tuple[QuantizerEntry, ...]
     quantized_nodes: tuple[str, ...]
     folded: tuple[FoldedEntry, ...]
+    batch_norms: BatchNorms
     skipped: tuple[SkippedEntry, ...]
     frozen: tuple[FrozenEntry, ...]
     training: Training

@@ -23,10 +23,7 @@ def quantizers(
     """One entry a quantizer, in graph order."""
     entries = []
     for quantizer in plan.quantizers:
-        scale = report.scales.get(quantizer.scale_name)
-        entries.append(
-            _quantizer(quantizer, parameters[quantizer.name], None if scale is None else scale.parameter)
-        )
+        entries.append(_quantizer(quantizer, parameters[quantizer.name], report))
     return tuple(entries)
 
 
@@ -95,7 +92,7 @@ def warnings(
 
 
 def _quantizer(
-    quantizer: Quantizer, parameters: QuantizerParameters, scale_parameter: str | None
+    quantizer: Quantizer, parameters: QuantizerParameters, report: TrainingReport
 ) -> QuantizerEntry:
     return QuantizerEntry(
         name=quantizer.name,
@@ -105,11 +102,15 @@ def _quantizer(
         symmetric=quantizer.symmetric,
         qmin=quantizer.range.qmin,
         qmax=quantizer.range.qmax,
-        dtype="uint8" if quantizer.range.qmin >= 0 else "int8",
+        dtype=quantizer.range.dtype.name,
         axis=quantizer.axis,
+        ranges=quantizer.ranges,
+        quant_delay=quantizer.quant_delay,
         scale=quantizer.scale_name,
-        scale_parameter=scale_parameter,
+        scale_parameter=report.scale_parameters.get(quantizer.scale_name),
         zero_point=quantizer.zero_point_name,
+        zero_point_parameter=report.zero_point_parameters.get(quantizer.zero_point_name),
+        range_state=report.range_states.get(quantizer.name),
         initial_scale=tuple(float(s) for s in parameters.scale.reshape(-1)),
         initial_zero_point=tuple(int(z) for z in parameters.zero_point.reshape(-1)),
         initialized=parameters.initialized,

@@ -15,6 +15,8 @@ import onnx_ir as ir
 from rewriter.fake_quantize import is_fake_quantize, is_fake_quantize_bias
 from rewriter.initializers import constant_array
 
+MICROSOFT: Final = "com.microsoft"  # the domain of onnxruntime's own operators
+
 Kind = Literal["layer", "arithmetic", "pooling", "movement", "pointwise", "reduction"]
 
 # Of a node and its weight, an input of it: the output-channel axis, or None and the reason.

@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rewriter.recipe import RangeSource
+
 FloatArray = npt.NDArray[np.floating]
 IntegerArray = npt.NDArray[np.integer]
 
@@ -25,15 +27,18 @@ QuantizerKind = Literal["weight", "activation"]
 
 @dataclasses.dataclass(frozen=True)
 class IntegerRange:
-    """The integers [qmin, qmax] that a quantizer maps to, and the ONNX integer type that stores them."""
+    """The integers [qmin, qmax] that a quantizer maps to, and the integer type that stores them."""
 
     qmin: int
     qmax: int
 
     @classmethod
-    def for_weights(cls, bits: int) -> IntegerRange:
-        """Signed and narrow: symmetric around 0, so that the zero point is 0 and -qmin == qmax."""
-        return cls(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+    def for_weights(cls, bits: int, *, symmetric: bool = True) -> IntegerRange:
+        """Narrow. Symmetric: signed, around 0, so that the zero point is 0 and -qmin == qmax; asymmetric:
+        unsigned from 1, as tf.contrib.quantize has it."""
+        if symmetric:
+            return cls(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+        return cls(1, 2**bits - 1)
 
     @classmethod
     def for_activations(cls, bits: int, *, symmetric: bool) -> IntegerRange:
@@ -44,8 +49,12 @@ class IntegerRange:
 
     @property
     def dtype(self) -> np.dtype[np.integer]:
-        """The smallest ONNX integer type of opset 13..18 QuantizeLinear that holds the range."""
-        return np.dtype(np.uint8) if self.qmin >= 0 else np.dtype(np.int8)
+        """The smallest integer type that holds the range; QuantizeLinear of opset 13..18 has the 8-bit ones
+        only."""
+        wide = self.qmax - self.qmin > 255
+        if self.qmin >= 0:
+            return np.dtype(np.uint16 if wide else np.uint8)
+        return np.dtype(np.int16 if wide else np.int8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Quantizer:
         axis: quantization axis of a per-channel quantizer, None for per-tensor.
         tensors: at least one; the first names the quantizer. Tensors that share a range (the inputs and
             the output of a Concat, both sides of a Reshape) share a quantizer.
+        ranges: where the range comes from during training.
+        quant_delay: the first training step at which the quantizer acts; 0 and 1: always.
         existing: the model came with this quantizer; its scale is kept as found.
     """
 
@@ -86,6 +97,8 @@ class Quantizer:
     symmetric: bool
     axis: int | None
     tensors: tuple[QuantizedTensor, ...]
+    ranges: RangeSource = "learned"
+    quant_delay: int = 0
     existing: bool = False
 
     @property

@@ -20,6 +20,14 @@ LossName = Literal["cross_entropy", "mse", "bce_with_logits", "l1"]
 # "graph": the model computes its loss itself.
 LossKind = LossName | Literal["graph"]
 OptimizerName = Literal["adamw", "sgd"]
+RangeSource = Literal["learned", "moving_average", "fixed"]
+BatchNormMode = Literal["fold_training", "fold_inference", "keep"]
+FoldStatistics = Literal["quantized_layer", "float_layer"]
+CounterUnit = Literal["executions", "optimizer_steps"]
+
+# The step counter is a float32 number, which counts exactly up to here.
+LARGEST_DELAY: Final = 2**24
+Delay = Annotated[int, Field(ge=0, le=LARGEST_DELAY)]
 
 
 class _Section(BaseModel):
@@ -44,6 +52,10 @@ class Override(_Section):
     activation_bits: ActivationBits | None = None
     symmetric: bool | None = None
     per_channel: bool | None = None
+    ranges: RangeSource | None = None
+    quant_delay: Delay | None = None
+    freeze_bn_delay: Delay | None = None
+    batch_norm: BatchNormMode | None = None
 
 
 class GraphLoss(_Section):
@@ -61,18 +73,36 @@ class Recipe(_Section):
     weight_bits: WeightBits = 8
     activation_bits: ActivationBits = 8
     symmetric: bool = Field(default=False, description="symmetric activation ranges; weights always are")
-    quant_delay: int = Field(default=0, ge=0, description="training steps before quantization starts")
-    freeze_bn_delay: int | None = Field(
-        default=None, ge=0, description="training steps after which batch norm uses its running statistics"
+    quant_delay: Delay = Field(
+        default=0, description="the first training step that is quantized; 0 and 1: all are"
+    )
+    freeze_bn_delay: Delay | None = Field(
+        default=None,
+        description="the first training step whose batch norms use their running statistics; null: never",
     )
     scope: str | None = Field(default=None, description="node-name prefix, matched at '/' boundaries")
 
     per_channel: bool = Field(default=True, description="one scale per output channel of a weight")
-    ranges: Literal["learned", "moving_average", "fixed"] = "learned"
+    ranges: RangeSource = Field(
+        default="learned",
+        description="learned: scales (and zero points) are trained; moving_average: tf.contrib's trackers; "
+        "fixed: as calibrated",
+    )
     target: Literal["onnxruntime", "tensorrt", "tf_contrib"] = "onnxruntime"
-    batch_norm: Literal["fold_training", "fold_inference", "keep"] = Field(
-        default="fold_inference",
-        description="the default becomes fold_training once training-time folding is available",
+    batch_norm: BatchNormMode = Field(
+        default="fold_training",
+        description="fold_training: into the layer before it, with the statistics of the batch until frozen; "
+        "fold_inference: once, with its running statistics; keep: trained as a batch norm until frozen",
+    )
+    fold_statistics: FoldStatistics | None = Field(
+        default=None,
+        description="fold_training: what the statistics of the batch are taken of, the quantized layer's "
+        "result or that of a second, float layer; null: quantized_layer, for target tf_contrib float_layer",
+    )
+    step_counter: CounterUnit = Field(
+        default="executions",
+        description="what the delays count: executions of the training graph, or optimizer steps, which "
+        "differ when gradients are accumulated",
     )
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
@@ -84,6 +114,14 @@ class Recipe(_Section):
     def _freeze_after_quantization(self) -> Self:
         if self.freeze_bn_delay is not None and self.freeze_bn_delay < self.quant_delay:
             raise ValueError("freeze_bn_delay must not be smaller than quant_delay")
+        for index, override in enumerate(self.overrides):
+            delay = self.quant_delay if override.quant_delay is None else override.quant_delay
+            freeze = self.freeze_bn_delay if override.freeze_bn_delay is None else override.freeze_bn_delay
+            if freeze is not None and freeze < delay:
+                raise ValueError(
+                    f"freeze_bn_delay ({freeze}) must not be smaller than quant_delay ({delay}), which "
+                    f"overrides.{index} makes them"
+                )
         return self
 
     @classmethod
@@ -118,25 +156,11 @@ class Recipe(_Section):
                     f"{', '.join(repr(v) for v in supported)}.",
                     field=field,
                 )
-        activation_bits = {"activation_bits": self.activation_bits}
-        for index, override in enumerate(self.overrides):
-            activation_bits[f"overrides.{index}.activation_bits"] = override.activation_bits or 8
-        for field, bits in activation_bits.items():
-            if bits > 8:
-                raise QatError(
-                    ErrorCode.RECIPE_UNSUPPORTED,
-                    "Activations of more than 8 bits are not available in this version; use 2 to 8.",
-                    field=field,
-                )
 
 
 # What the format allows and this version carries out, field by field.
 _SUPPORTED_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
-    "quant_delay": (0,),
-    "freeze_bn_delay": (None,),
-    "ranges": ("learned", "fixed"),
-    "target": ("onnxruntime",),
-    "batch_norm": ("fold_inference", "keep"),
+    "target": ("onnxruntime", "tf_contrib"),
 }
 
 

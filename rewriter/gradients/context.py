@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from rewriter.initializers import add_initializer
 from rewriter.names import FreeNames
-
-MICROSOFT = "com.microsoft"
+from rewriter.operators import MICROSOFT
 
 Dimensions = tuple[int | ir.SymbolicDim, ...]
 

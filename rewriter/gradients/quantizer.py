@@ -2,12 +2,16 @@
 
     dx = dy where round(x / s) + z, unclipped, lies in [qmin, qmax], else 0
     ds = g * sum(dy * ((y - x) / s where in range, else y / s))        g = 1 / sqrt(N * qmax)
+    dz = g * sum(dy * (0 where in range, else -s))
     dbias = dy
 
-(Esser et al. 2020, Learned Step Size Quantization.) N is the number of elements that share a scale: of a
-weight all of them, of an activation those of one sample, its first axis being the batch.
+(Esser et al. 2020, Learned Step Size Quantization; dz: Bhalgat et al. 2020, LSQ+, whose offset is -s z.)
+N is the number of elements that share a scale: of a weight all of them, of an activation those of one sample,
+its first axis being the batch.
 
-In range means (qmin - 1/2 - z) s <= x <= (qmax + 1/2 - z) s: no division, and exact for all but the ties.
+In range means (qmin - m - z) s <= x <= (qmax + m - z) s: no division. With the margin m = 1/2 that is exact
+for all but the ties; m = 0 is the clipping of tf.contrib.quantize. Where a gate is false everything is in
+range, and y = x makes ds and dz zero.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from rewriter.initializers import constant_array
 
 def _on_grid(node: ir.Node) -> tuple[int, ...]:
     """Quantizing what is on the grid already changes nothing, whatever the scale."""
-    return (1,) if fake_quantize.read(node).on_grid else ()
+    return (1, 2) if fake_quantize.read(node).on_grid else ()
 
 
 def _unknown_rank(node: ir.Node) -> str | None:
@@ -39,18 +43,24 @@ def _unknown_rank(node: ir.Node) -> str | None:
 @rule(
     fake_quantize.OP_TYPE,
     domain=fake_quantize.DOMAIN,
-    inputs=(0, 1),
+    inputs=(0, 1, 2),
     stops=_on_grid,
     obstacle=_unknown_rank,
 )
 def fake_quantize_gradient(ctx: Context, dy: ir.Value) -> Gradients:
     quantizer = fake_quantize.read(ctx.node)
     if quantizer.on_grid:
-        return dy, None
+        return dy, None, None
     mask = _in_range(ctx, quantizer)
-    dx = ctx.masked(dy, mask) if ctx.needs(0) else None
+    dx = ctx.masked(dy, mask) if ctx.needs(0) or ctx.needs(2) else None
     ds = _scale_gradient(ctx, quantizer, dy, mask) if ctx.needs(1) else None
-    return dx, ds
+    dz = _zero_point_gradient(ctx, quantizer, dy, dx) if ctx.needs(2) and dx is not None else None
+    return dx, ds, dz
+
+
+@rule(fake_quantize.ROUND_OP_TYPE, domain=fake_quantize.DOMAIN)
+def straight_through_round_gradient(ctx: Context, dy: ir.Value) -> Gradients:
+    return (dy,)
 
 
 @rule(fake_quantize.BIAS_OP_TYPE, domain=fake_quantize.DOMAIN, inputs=(0,), stops=lambda node: (1, 2))
@@ -61,16 +71,21 @@ def fake_quantize_bias_gradient(ctx: Context, dy: ir.Value) -> Gradients:
 
 def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
     x, scale, range_ = quantizer.x, quantizer.scale, quantizer.range
-    lowest, highest = np.float32(range_.qmin - 0.5), np.float32(range_.qmax + 0.5)
+    lowest, highest = np.float32(range_.qmin - quantizer.margin), np.float32(range_.qmax + quantizer.margin)
     zero_point = constant_array(quantizer.zero_point)
     if zero_point is not None:
         z = zero_point.astype(np.float32)
         low, high = ctx.array(lowest - z), ctx.array(highest - z)
     else:
-        shift = ctx.as_float(quantizer.zero_point, scale)
+        shift = quantizer.zero_point
+        shift = shift if shift.dtype == ir.DataType.FLOAT else ctx.as_float(shift, scale)
         low = ctx.sub(ctx.scalar(float(lowest), scale), shift)
         high = ctx.sub(ctx.scalar(float(highest), scale), shift)
     low, high = ctx.mul(scale, low), ctx.mul(scale, high)
+    if quantizer.gate is not None:
+        infinity = ctx.scalar(np.inf, scale)
+        low = ctx.op("Where", quantizer.gate, low, ctx.scalar(-np.inf, scale))
+        high = ctx.op("Where", quantizer.gate, high, infinity)
     if quantizer.axis is None:
         clipped = ctx.op("Clip", x, low, high)
     else:
@@ -83,13 +98,22 @@ def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
 def _scale_gradient(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, mask: ir.Value) -> ir.Value:
     """Sums dy * (y - x or 0): the difference first, whose rounding error is that of y - x, not of x."""
     error = ctx.sub(quantizer.output, ctx.masked(quantizer.x, mask))
-    product = ctx.mul(dy, error)
-    if quantizer.axis is None:
-        total = ctx.op("ReduceSum", product, keepdims=0)
-    else:
-        others = [axis for axis in range(rank_of(quantizer.x) or 0) if axis != _axis(quantizer)]
-        total = ctx.op("ReduceSum", product, ctx.ints(*others), keepdims=0) if others else product
+    total = _total(ctx, quantizer, ctx.mul(dy, error))
     return ctx.mul(ctx.div(total, quantizer.scale), _gradient_scale(ctx, quantizer))
+
+
+def _zero_point_gradient(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, dx: ir.Value) -> ir.Value:
+    """What of dy does not pass to x is at the ends of the range, which move by -s with the zero point."""
+    outside = _total(ctx, quantizer, ctx.sub(dx, dy))
+    return ctx.mul(ctx.mul(outside, quantizer.scale), _gradient_scale(ctx, quantizer))
+
+
+def _total(ctx: Context, quantizer: FakeQuantize, product: ir.Value) -> ir.Value:
+    """The sum over the elements that share a scale."""
+    if quantizer.axis is None:
+        return ctx.op("ReduceSum", product, keepdims=0)
+    others = [axis for axis in range(rank_of(quantizer.x) or 0) if axis != _axis(quantizer)]
+    return ctx.op("ReduceSum", product, ctx.ints(*others), keepdims=0) if others else product
 
 
 def _gradient_scale(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
@@ -116,12 +140,12 @@ def _gradient_scale(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
 
 
 def _is_weight(ctx: Context, quantizer: FakeQuantize) -> bool:
-    """Weights are quantized symmetrically in a narrow range; activations never are.
+    """Weights are quantized in a narrow range, from -qmax or from 1; activations never are.
 
     That also tells a weight that batch norm was folded into, and that so depends on the batch. A quantizer
     the model came with may use another range: there, a weight is what does not depend on the data.
     """
-    return quantizer.range.qmin == -quantizer.range.qmax or not ctx.depends_on_data(quantizer.x)
+    return quantizer.range.qmin in (-quantizer.range.qmax, 1) or not ctx.depends_on_data(quantizer.x)
 
 
 def _axis(quantizer: FakeQuantize) -> int | None:

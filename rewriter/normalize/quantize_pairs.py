@@ -15,7 +15,8 @@ Rules:
 4. Pairs that read the same scale initializer share a quantizer. Its initializers are called `{name}_scale`
    and `{name}_zero_point`; those with such names keep them, others are named after the first tensor.
 5. Biases rounded as `rewriter.bias_quantization` lowers it are the biases themselves again.
-6. Pairs with scales that are computed, or with other integer types, are left as they are.
+6. A quantizer of more than 8 bits, spelled out as `rewriter.lowering` does it, becomes a FakeQuantize too.
+7. Pairs with scales that are computed, or with other integer types, are left as they are.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from rewriter.normalize.quantization_grid import (
     optional_input,
     read_grid,
 )
+from rewriter.normalize.spelled_out import SpelledOut, read_spelled_out
 from rewriter.operators import is_operator, movement_inputs, traits_of
 from rewriter.quantization import IntegerRange, dequantize
 
@@ -56,6 +58,8 @@ def quantizer_arithmetic(graph: ir.Graph) -> set[ir.Node]:
     """
     nodes = rounding_of_biases(graph)
     for node in graph:
+        if (spelled_out := read_spelled_out(node)) is not None:
+            nodes.update(spelled_out.nodes)
         if not is_operator(node, "QuantizeLinear"):
             continue
         grid, x = read_grid(node), node.inputs[0]
@@ -78,6 +82,8 @@ class RaiseQuantizePairs(ir.passes.InPlacePass):
         for node in list(model.graph):
             if is_operator(node, "DequantizeLinear"):
                 raising.find(node)
+            elif (spelled_out := read_spelled_out(node)) is not None:
+                raising.take(node, spelled_out)
         modified = raising.carry_out()
         return ir.passes.PassResult(model, modified=raise_bias_quantizers(model) > 0 or modified)
 
@@ -92,11 +98,20 @@ class _Found:
     range: IntegerRange
     saturated: bool
     on_grid: bool = False
+    wide: SpelledOut | None = None
+
+    @property
+    def scale(self) -> ir.Value | None:
+        return self.dequantize.inputs[1]
+
+    @property
+    def zero_point(self) -> ir.Value | None:
+        return optional_input(self.dequantize, 2) if self.wide is None else self.wide.zero_point
 
     @property
     def key(self) -> tuple[object, ...]:
         """What pairs share that share a quantizer, up to their ranges."""
-        return _key(self.dequantize)
+        return _key(self.dequantize) if self.wide is None else (self.scale, self.zero_point, None)
 
 
 class _Raising:
@@ -137,6 +152,9 @@ class _Raising:
         stored = _STORED_AS[ir.DataType.from_numpy(grid.zero_point.dtype)]
         on_grid = range_ is None and _is_moved(x, _key(node))
         self._found.append(_Found(x, node, grid, range_ or stored, range_ is not None, on_grid))
+
+    def take(self, node: ir.Node, found: SpelledOut) -> None:
+        self._found.append(_Found(found.x, node, found.grid, found.range, saturated=True, wide=found))
 
     def _find_constant(self, node: ir.Node, integers: _Array, grid: Grid) -> None:
         values = dequantize(integers, grid.scale, grid.zero_point, grid.axis)
@@ -193,7 +211,7 @@ class _Raising:
         """Rule 4."""
         key = (found.key, found.range)
         if key not in self._parameters:
-            scale, zero_point = found.dequantize.inputs[1], optional_input(found.dequantize, 2)
+            scale, zero_point = found.scale, found.zero_point
             stem = (scale.name or "").removesuffix("_scale") if scale is not None else ""
             if not (
                 scale is not None

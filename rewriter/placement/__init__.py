@@ -32,7 +32,7 @@ from rewriter.placement.ranges import QuantizedRanges, existing_scales, share_ra
 from rewriter.placement.settings import NodeSettings, require_matches
 from rewriter.placement.signals import find_signals
 from rewriter.quantization import IntegerRange, Plan, QuantizedTensor, Quantizer, Skipped
-from rewriter.recipe import Recipe
+from rewriter.recipe import RangeSource, Recipe
 from rewriter.targets import TARGETS
 
 __all__ = ["place"]
@@ -62,7 +62,7 @@ def place(model: ir.Model, recipe: Recipe) -> Plan:
     order = {node: index for index, node in enumerate(graph)}
 
     drafts = [
-        *_existing_drafts(graph, order),
+        *_existing_drafts(graph, order, recipe),
         *_weight_drafts(candidates, order),
         *_activation_drafts(graph, candidates, ranges, order),
     ]
@@ -84,7 +84,7 @@ class _Draft:
 
 
 def _weight_drafts(candidates: Sequence[Candidate], order: Mapping[ir.Node, int]) -> list[_Draft]:
-    readers: dict[tuple[ir.Value, int, int | None], list[ir.Node]] = {}
+    readers: dict[tuple[ir.Value, int, int | None, RangeSource, int], list[ir.Node]] = {}
     for candidate in candidates:
         weight = candidate.weight
         if weight is None or candidate.node.inputs[weight.index] is not weight.value:
@@ -92,7 +92,8 @@ def _weight_drafts(candidates: Sequence[Candidate], order: Mapping[ir.Node, int]
         axis = weight.axis if candidate.settings.per_channel else None
         if axis is not None and weight.value.shape is not None and weight.value.shape[axis] == 1:
             axis = None  # one channel has one scale; onnxruntime's QGemm does not take it as a vector
-        key = (weight.value, candidate.settings.weight_bits, axis)
+        settings = candidate.settings
+        key = (weight.value, settings.weight_bits, axis, settings.ranges, settings.quant_delay)
         readers.setdefault(key, []).append(candidate.node)
     return [
         _Draft(
@@ -105,9 +106,11 @@ def _weight_drafts(candidates: Sequence[Candidate], order: Mapping[ir.Node, int]
                 symmetric=True,
                 axis=axis,
                 tensors=(QuantizedTensor(value.name or "", _names(nodes)),),
+                ranges=ranges,
+                quant_delay=quant_delay,
             ),
         )
-        for (value, bits, axis), nodes in readers.items()
+        for (value, bits, axis, ranges, quant_delay), nodes in readers.items()
     ]
 
 
@@ -135,6 +138,8 @@ def _activation_drafts(
             symmetric=settings.symmetric,
             axis=None,
             tensors=tuple(_quantized_tensor(value, ranges, order) for value in group),
+            ranges=settings.ranges,
+            quant_delay=settings.quant_delay,
         )
         scale = next((scales[value] for value in group if value in scales), None)
         drafts.append(_Draft((_made_at(group[0], order), 1), quantizer, scale))
@@ -173,16 +178,16 @@ def _widest(candidates: Iterable[Candidate]) -> NodeSettings | None:
     )
 
 
-def _existing_drafts(graph: ir.Graph, order: Mapping[ir.Node, int]) -> list[_Draft]:
+def _existing_drafts(graph: ir.Graph, order: Mapping[ir.Node, int], recipe: Recipe) -> list[_Draft]:
     by_scale: dict[ir.Value, list[FakeQuantize]] = {}
     for node in graph:
         if is_fake_quantize(node):
             quantizer = read(node)
             by_scale.setdefault(quantizer.scale, []).append(quantizer)
-    return [_existing_draft(found, order) for found in by_scale.values()]
+    return [_existing_draft(found, order, recipe) for found in by_scale.values()]
 
 
-def _existing_draft(found: Sequence[FakeQuantize], order: Mapping[ir.Node, int]) -> _Draft:
+def _existing_draft(found: Sequence[FakeQuantize], order: Mapping[ir.Node, int], recipe: Recipe) -> _Draft:
     first = found[0]
     zero_point = first.zero_point.const_value
     is_weight = first.x.const_value is not None
@@ -202,6 +207,8 @@ def _existing_draft(found: Sequence[FakeQuantize], order: Mapping[ir.Node, int])
             )
             for one in found
         ),
+        ranges=recipe.ranges,
+        quant_delay=recipe.quant_delay,
         existing=True,
     )
     position = (order[first.node], 0) if is_weight else (_made_at(first.x, order), 1)

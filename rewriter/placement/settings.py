@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.recipe import Override, Recipe
+from rewriter.recipe import BatchNormMode, Override, RangeSource, Recipe
 
 _T = TypeVar("_T")
 
@@ -28,6 +28,10 @@ class NodeSettings:
     activation_bits: int
     symmetric: bool
     per_channel: bool
+    ranges: RangeSource
+    quant_delay: int
+    freeze_bn_delay: int | None
+    batch_norm: BatchNormMode
 
 
 def settings_for(node: ir.Node, recipe: Recipe) -> NodeSettings:
@@ -41,6 +45,10 @@ def settings_for(node: ir.Node, recipe: Recipe) -> NodeSettings:
         activation_bits=_or_default(override.activation_bits, recipe.activation_bits),
         symmetric=_or_default(override.symmetric, recipe.symmetric),
         per_channel=_or_default(override.per_channel, recipe.per_channel),
+        ranges=_or_default(override.ranges, recipe.ranges),
+        quant_delay=_or_default(override.quant_delay, recipe.quant_delay),
+        freeze_bn_delay=_or_default(override.freeze_bn_delay, recipe.freeze_bn_delay),
+        batch_norm=_or_default(override.batch_norm, recipe.batch_norm),
     )
 
 

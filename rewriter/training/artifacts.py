@@ -24,9 +24,9 @@ from rewriter import bundle as bundles
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
 from rewriter.gradients import differentiate, trainability
-from rewriter.gradients.context import MICROSOFT
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
+from rewriter.operators import MICROSOFT
 from rewriter.recipe import LossKind, OptimizerName, Recipe
 from rewriter.training import layout
 from rewriter.training.checkpoint import identity_of, stamp, write_checkpoint

@@ -8,7 +8,7 @@ from typing import Final
 import onnx
 from onnx import TensorProto, helper
 
-from rewriter.gradients.context import MICROSOFT
+from rewriter.operators import MICROSOFT
 from rewriter.recipe import OptimizerName
 
 # The API feeds the inputs by name and expects exactly these; SGD has an unused moments input there too.
