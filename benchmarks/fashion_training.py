@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from benchmarks.fashion_schedule import Schedule, top1
-from examples.fashion_mnist import Samples, scaled
+from examples.fashion_mnist import Samples
 from rewriter import training_api
 from rewriter.bundle import CHECKPOINT, EVAL_MODEL, OPTIMIZER_MODEL, TRAINED_CHECKPOINT, TRAINING_MODEL
 from rewriter.training.checkpoint import read_checkpoint
@@ -24,32 +24,48 @@ _EVALUATION_BATCH: Final = 500
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did: mean loss of each epoch; seconds of the steps alone."""
+    """What a training did: the loss of each step, and the seconds of all."""
 
     losses: tuple[float, ...]
     seconds: float
 
 
+class Session:
+    """What is in a bundle, loaded by the stock API on one thread."""
+
+    def __init__(self, bundle: Path) -> None:
+        api = training_api()
+        options = single_thread()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # train Q/DQ pairs as they are
+        self.state = api.CheckpointState.load_checkpoint(bundle / CHECKPOINT)
+        self.module = api.Module(bundle / TRAINING_MODEL, self.state, bundle / EVAL_MODEL, "cpu", options)
+        self._optimizer = api.Optimizer(bundle / OPTIMIZER_MODEL, self.module)
+
+    def train(self, samples: Samples, schedule: Schedule) -> Training:
+        self.module.train()
+        losses = []
+        start = time.perf_counter()
+        for step, batch in enumerate(schedule.batches(samples.pixels, samples.labels)):
+            losses.append(float(np.ravel(self.module(*batch))[0]))
+            self._optimizer.set_learning_rate(schedule.rate(step))
+            self._optimizer.step()
+            self.module.lazy_reset_grad()
+        return Training(tuple(losses), time.perf_counter() - start)
+
+    def top1(self, samples: Samples) -> float:
+        """Top-1 of the eval model, whose outputs are the loss and the scores, in percent."""
+        self.module.eval()
+        batches = (samples.part(start, _EVALUATION_BATCH) for start in _starts(samples))
+        scores = [self.module(batch.images, batch.labels)[1] for batch in batches]
+        return top1(np.concatenate(scores), samples.labels)
+
+
 def train(bundle: Path, samples: Samples, schedule: Schedule) -> Training:
-    """Train what is in `bundle` with the stock API and write its trained checkpoint there."""
-    api = training_api()
-    state = api.CheckpointState.load_checkpoint(bundle / CHECKPOINT)
-    options = single_thread()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # train Q/DQ pairs as they are
-    module = api.Module(bundle / TRAINING_MODEL, state, bundle / EVAL_MODEL, "cpu", options)
-    optimizer = api.Optimizer(bundle / OPTIMIZER_MODEL, module)
-    module.train()
-    losses = []
-    start = time.perf_counter()
-    for step, batch in enumerate(schedule.batches(samples.pixels, samples.labels)):
-        losses.append(float(np.ravel(module(*batch))[0]))
-        optimizer.set_learning_rate(schedule.rate(step))
-        optimizer.step()
-        module.lazy_reset_grad()
-    seconds = time.perf_counter() - start
-    api.CheckpointState.save_checkpoint(state, bundle / TRAINED_CHECKPOINT)
-    per_epoch = np.reshape(losses, (schedule.epochs, schedule.steps_per_epoch)).mean(axis=1)
-    return Training(tuple(per_epoch.tolist()), seconds)
+    """Train a bundle and write its trained checkpoint."""
+    session = Session(bundle)
+    training = session.train(samples, schedule)
+    training_api().CheckpointState.save_checkpoint(session.state, bundle / TRAINED_CHECKPOINT)
+    return training
 
 
 def export_float(source: Path, checkpoint: Path, target: Path) -> None:
@@ -68,12 +84,13 @@ def evaluate(model: Path, samples: Samples) -> float:
     """Top-1 of a model in plain onnxruntime with its default optimizations, in percent."""
     session = onnxruntime.InferenceSession(model, single_thread(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    starts = range(0, len(samples.pixels), _EVALUATION_BATCH)
-    scores: list[NDArray[Any]] = [
-        session.run(None, {name: scaled(samples.pixels[start : start + _EVALUATION_BATCH])})[0]
-        for start in starts
-    ]
+    batches = (samples.part(start, _EVALUATION_BATCH) for start in _starts(samples))
+    scores: list[NDArray[Any]] = [session.run(None, {name: batch.images})[0] for batch in batches]
     return top1(np.concatenate(scores), samples.labels)
+
+
+def _starts(samples: Samples) -> range:
+    return range(0, len(samples.labels), _EVALUATION_BATCH)
 
 
 def single_thread() -> onnxruntime.SessionOptions:

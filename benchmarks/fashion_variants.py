@@ -108,15 +108,15 @@ class Run:
         return self.folder / "calibration.npz"
 
     def train_samples(self) -> Samples:
-        return load_fashion_mnist().train.first(self.settings.train_samples)
+        return load_fashion_mnist().train.part(0, self.settings.train_samples)
 
     def test_samples(self) -> Samples:
-        return load_fashion_mnist().test.first(self.settings.test_samples)
+        return load_fashion_mnist().test.part(0, self.settings.test_samples)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model of one seed: top-1 in percent; `seconds` and `losses` (an epoch each) of its training."""
+    """One model of one seed: top-1 in percent; `seconds` and the loss of each step of its training."""
 
     method: str
     bits: int | None

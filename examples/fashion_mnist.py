@@ -65,10 +65,12 @@ class Samples(NamedTuple):
     @property
     def images(self) -> NDArray[np.float32]:
         """The pixels in 0..1, as networks take them; four times their memory."""
-        return scaled(self.pixels)
+        return self.pixels * np.float32(1 / 255)
 
-    def first(self, count: int) -> Samples:
-        return Samples(self.pixels[:count], self.labels[:count])
+    def part(self, start: int, count: int) -> Samples:
+        """`count` samples from `start` on, or as many as there are."""
+        end = start + count
+        return Samples(self.pixels[start:end], self.labels[start:end])
 
     def save(self, path: Path) -> None:
         """Write an npz with one array for the network's input and one for the labels of its loss."""
@@ -84,11 +86,7 @@ class FashionMnist(NamedTuple):
     @property
     def calibration(self) -> Samples:
         """The first `CALIBRATION_SAMPLES` of the training images."""
-        return self.train.first(CALIBRATION_SAMPLES)
-
-
-def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return pixels * np.float32(1 / 255)
+        return self.train.part(0, CALIBRATION_SAMPLES)
 
 
 @functools.cache
