@@ -30,7 +30,7 @@ def write_qat_program(model: Path, recipe: Recipe, calibration: Path, folder: Pa
     """
     quantized = load(model)
     normalize(quantized)
-    fold_batch_norms(quantized)
+    fold_batch_norms(quantized, recipe.model_copy(update={"batch_norm": "fold_inference"}))
     plan = place(quantized, recipe)
     insert(quantized, plan, calibrate(quantized, plan, recipe, calibration))
     scores = quantized.graph.outputs[0].name

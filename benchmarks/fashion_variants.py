@@ -26,6 +26,7 @@ from benchmarks.resnet import resnet
 from examples.fashion_mnist import CALIBRATION_SAMPLES, INPUT_NAME, Samples, load_fashion_mnist
 from rewriter import Override, Recipe
 from rewriter.bundle import TRAINED_CHECKPOINT
+from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.load import load
 from rewriter.normalize import normalize
 from rewriter.recipe import RangeSource
@@ -151,9 +152,11 @@ def more_float(run: Run) -> Outcome:
 def _train_float(run: Run, source: Path, schedule: Schedule, target: Path) -> Training:
     folder = run.folder / f"{target.stem}_training"
     folder.mkdir()
+    recipe = Recipe(batch_norm="keep")
     model = load(source)
     normalize(model)
-    write_training_artifacts(model, Recipe(batch_norm="keep"), folder)
+    folding = fold_batch_norms(model, recipe)  # none: it says which batch norms train
+    write_training_artifacts(model, recipe, folder, folding=folding)
     training = train(folder, run.train_samples(), schedule)
     export_float(source, folder / TRAINED_CHECKPOINT, target)
     return training
