@@ -1,6 +1,7 @@
 """Accuracy of quantized models on Fashion-MNIST: float, after training, and by quantization-aware training.
 
 python -m benchmarks.fashion_mnist [--torch-python PATH] [--seeds N] [--short] [--json FILE]
+python -m benchmarks.fashion_mnist --parameterizations [--seeds N]    (`benchmarks.fashion_parameterizations`)
 
 Every row starts from the same float model of its seed, which our own path trains from scratch.
 
@@ -12,12 +13,13 @@ Every row starts from the same float model of its seed, which our own path train
   trained as long` goes on with the schedule of the quantized models.
 * quantize_static: onnxruntime's, MinMax, per-channel int8 weights; it offers no fewer bits for a convolution.
 * fixed ranges, not trained: our calibration alone (mse), `prepare` and `finalize`.
-* QAT: `prepare` with the recipe's ranges "moving_average" or "learned" and batch_norm "fold_training", training
-  with stock onnxruntime-training, `finalize`. Batch norms freeze for the last steps (`frozen_share`).
+* QAT: `prepare` with the recipe's ranges "moving_average" or "learned" and batch_norm "fold_training", then
+  training with stock onnxruntime-training, then `finalize`. Batch norms freeze for the last steps
+  (`frozen_share`).
 * PyTorch QAT (with --torch-python): see `benchmarks.fashion_torch`. Quantizers, their calibrated start,
   schedule and batches are those of "QAT, learned ranges".
-* Bits: of weights and activations alike; the first and the last layer have 8 (`FIRST_AND_LAST`): the weight and
-  the input of either, and with the first one's input its result, which the recipe cannot tell apart.
+* Bits: of weights and activations alike; the first and the last layer have 8 (`FIRST_AND_LAST`): the weight
+  and the input of either, and with the first one's input its result, which the recipe cannot tell apart.
 
 Accuracy is top-1 on the test images of the file that `finalize` wrote, in plain onnxruntime with its default
 optimizations; of the PyTorch rows that of the fake-quantized network in PyTorch. No model is chosen by it.
@@ -43,8 +45,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import fashion_parameterizations
+from benchmarks.fashion_table import aligned
 from benchmarks.fashion_variants import (
-    FIXED,
     FLOAT,
     LEARNED,
     METHODS,
@@ -64,7 +67,7 @@ from examples.package_files import FetchError
 
 BITS: Final = (8, 4, 3, 2)
 FULL: Final = Settings(
-    widths=(24, 48, 96),
+    widths=(16, 32, 96),
     blocks=1,
     stem_stride=2,
     train_samples=60000,
@@ -89,7 +92,7 @@ SHORT: Final = Settings(
     qat_rate=1e-3,
     frozen_share=0.25,
 )
-SHORT_BITS: Final = (8, 4)
+SHORT_BITS: Final = (8, 2)
 _PACKAGES: Final = ("onnx-qat", "onnx", "onnxruntime-training-cpu", "onnxruntime-training", "numpy")
 
 
@@ -159,19 +162,17 @@ def report(outcomes: Sequence[Outcome], bits: Sequence[int]) -> str:
         cells += [""] * (len(bits) - len(cells))
         lines.append((method, *cells, _seconds(outcomes, method)))
     seeds = len({o.seed for o in outcomes})
-    text = [f"mean of {seeds} seeds (lowest..highest)", *_aligned(lines), ""]
-    text += _aligned(_differences(outcomes, bits))
+    text = [f"mean of {seeds} seeds (lowest..highest)", *aligned(lines), ""]
+    text += aligned(_differences(outcomes, bits))
     expectations = list(expected(outcomes))
     if expectations:
-        text += ["", *_aligned([("expected", "is", "allowed", ""), *expectations])]
+        text += ["", *aligned([("expected", "is", "allowed", ""), *expectations])]
     return "\n".join(text)
 
 
 def values(outcomes: Sequence[Outcome], method: str, bits: int | None) -> dict[int, float]:
     """Top-1 by seed."""
-    return {
-        o.seed: o.top1 for o in outcomes if (o.method, o.bits) == (method, bits) and o.error is None
-    }
+    return {o.seed: o.top1 for o in outcomes if (o.method, o.bits) == (method, bits) and o.error is None}
 
 
 def _cell(outcomes: Sequence[Outcome], method: str, bits: int | None) -> str:
@@ -220,12 +221,13 @@ ALLOWED_LOSS: Final = {8: 0.0, 4: 0.0, 3: 0.3, 2: 1.5}  # points below float, le
 def expected(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str, str, str]]:
     """What is claimed of learned ranges: mean difference, the least it may be, and whether it is that."""
     for bits, loss in ALLOWED_LOSS.items():
-        claims = [(f"{_column(bits)} learned - float", (FLOAT, None), -loss)]
+        claims: list[tuple[str, tuple[str, int | None], float]] = []
+        claims.append((f"{_column(bits)} learned - float", (FLOAT, None), 0 - loss))
         torch = list(values(outcomes, TORCH, bits).values())
         if torch:
             learned = list(values(outcomes, LEARNED, bits).values()) or torch
             spread = max(max(torch) - min(torch), max(learned) - min(learned))
-            claims.append((f"{_column(bits)} learned - PyTorch", (TORCH, bits), -spread))
+            claims.append((f"{_column(bits)} learned - PyTorch", (TORCH, bits), 0 - spread))
         if bits <= 4:
             claims.append((f"{_column(bits)} learned - moving averages", (MOVING_AVERAGE, bits), 0.0))
         for name, other, least in claims:
@@ -240,14 +242,6 @@ def _column(bits: int) -> str:
     return f"W{bits}A{bits}"
 
 
-def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
 def _environment() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
@@ -258,11 +252,20 @@ def _environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "cpus": len(os.sched_getaffinity(0)), "packages": versions}
 
 
+def _write(path: Path | None, settings: Settings, **content: Any) -> None:
+    if path is not None:
+        document = {"environment": _environment(), "settings": asdict(settings), **content}
+        path.write_text(json.dumps(document) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Accuracy of quantized models on Fashion-MNIST.")
     parser.add_argument("--seeds", type=int, metavar="N", help="default: 3, with --short 1")
-    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, help="default: all, with --short 8 4")
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, help="default: all, with --short 8 2")
     parser.add_argument("--short", action="store_true", help="a smaller network and fewer images: a minute")
+    parser.add_argument(
+        "--parameterizations", action="store_true", help="instead: what else a trained scale could be"
+    )
     parser.add_argument("--method", action="append", choices=list(METHODS), help=f"only these and {FLOAT!r}")
     parser.add_argument(
         "--torch-python", metavar="PATH", help="Python interpreter that has torch; without it no torch rows"
@@ -282,6 +285,8 @@ def main() -> int:
     ]
     if seeds < 1 or arguments.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
+    if arguments.keep and arguments.keep.exists():
+        parser.error(f"{arguments.keep} exists")
     try:
         load_fashion_mnist()
     except FetchError as error:
@@ -289,13 +294,14 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
-        outcomes = measure(
-            settings, seeds, bits, methods, arguments.jobs, arguments.torch_python, folder
-        )
+        if arguments.parameterizations:
+            trials = fashion_parameterizations.measure(SHORT, arguments.seeds or 1, arguments.jobs, folder)
+            print(fashion_parameterizations.report(trials))
+            _write(arguments.json, SHORT, results=[asdict(trial) for trial in trials])
+            return 0
+        outcomes = measure(settings, seeds, bits, methods, arguments.jobs, arguments.torch_python, folder)
     print(report(outcomes, bits))
-    if arguments.json:
-        document = {"environment": _environment(), "settings": asdict(settings)}
-        arguments.json.write_text(json.dumps(document | {"outcomes": [asdict(o) for o in outcomes]}) + "\n")
+    _write(arguments.json, settings, outcomes=[asdict(outcome) for outcome in outcomes])
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 

@@ -17,8 +17,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import shutil
-from collections.abc import Iterable, Iterator
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,8 +33,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import rewriter
+from benchmarks.fashion_table import aligned
 from benchmarks.fashion_training import Session
-from benchmarks.fashion_variants import Run
+from benchmarks.fashion_variants import FLOAT, Run, Settings, make
 from rewriter.bundle import EVAL_MODEL, QAT_MODEL, TRAINING_MODEL
 from rewriter.manifest import Manifest, QuantizerEntry
 from rewriter.recipe import OptimizerName
@@ -53,7 +58,12 @@ class Parameterization:
         return f"{self.form}, {'g' if self.factor else 'no g'}"
 
 
-PARAMETERIZATIONS: Final = tuple(itertools.starmap(Parameterization, itertools.product(("exp", "linear"), (True, False))))
+PARAMETERIZATIONS: Final = (
+    Parameterization("exp", True),
+    Parameterization("exp", False),
+    Parameterization("linear", True),
+    Parameterization("linear", False),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,20 @@ def trials() -> Iterator[Trial]:
             yield Trial(optimizer, rate, bits, parameterization)
 
 
+def measure(settings: Settings, seeds: int, jobs: int, folder: Path) -> list[Result]:
+    """Every trial from the float model of every seed, `jobs` at a time."""
+    results: list[Result] = []
+    runs = [Run(settings, seed, folder / f"seed{seed}") for seed in range(seeds)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for outcome in pool.map(make, itertools.repeat(FLOAT), runs):
+            print(f"seed {outcome.seed}, float: {outcome.top1:.2f} %", file=sys.stderr, flush=True)
+        jobs_to_do = list(itertools.product(runs, trials()))
+        for result in pool.map(run_trial, *zip(*jobs_to_do, strict=True)):
+            results.append(result)
+            print(f"[{len(results)}/{len(jobs_to_do)}] {result}", file=sys.stderr, flush=True)
+    return results
+
+
 def run_trial(run: Run, trial: Trial) -> Result:
     """Train from the float model of the run."""
     settings = dataclasses.replace(run.settings, qat_rate=trial.rate)
@@ -111,7 +135,28 @@ def run_trial(run: Run, trial: Trial) -> Result:
 
 
 def _scale(form: Form, start: NDArray[Any], parameter: NDArray[Any]) -> NDArray[Any]:
-    return start * np.exp(parameter) if form == "exp" else start + parameter
+    scale: NDArray[Any] = start * np.exp(parameter) if form == "exp" else start + parameter
+    return scale
+
+
+def report(results: Sequence[Result]) -> str:
+    """A line a trial; means over the seeds."""
+    lines = [("optimizer", "rate", "bits", "scale", "loss", "top-1", "crossed 0", "moved, %")]
+    for trial in dict.fromkeys(result.trial for result in results):
+        found = [result for result in results if result.trial == trial]
+        lines.append(
+            (
+                trial.optimizer,
+                f"{trial.rate:g}",
+                str(trial.bits),
+                str(trial.parameterization),
+                f"{statistics.mean(one.loss for one in found):.4f}",
+                f"{statistics.mean(one.top1 for one in found):.2f}",
+                str(sum(one.crossed for one in found)),
+                f"{statistics.mean(one.moved for one in found):.1f}",
+            )
+        )
+    return "\n".join(aligned(lines))
 
 
 # --- Other parameterizations, in the graphs of a bundle. ---
@@ -143,8 +188,8 @@ def _initial_scale(graph: onnx.GraphProto, entry: QuantizerEntry) -> str:
     """Name of the initializer s0, in scale = s0 * multiplier."""
     index = _node_index(graph, (list(node.output) == [entry.scale] for node in graph.node))
     initializers = {tensor.name for tensor in graph.initializer}
-    (initial,) = [name for name in graph.node[index].input if name in initializers]
-    return initial
+    (initial,) = initializers & set(graph.node[index].input)
+    return str(initial)
 
 
 def _make_linear(graph: onnx.GraphProto, parameter: str, initial: str) -> None:

@@ -44,7 +44,7 @@ def write_qat_program(model: Path, recipe: Recipe, calibration: Path, folder: Pa
     program["freeze_bn_delay"] = recipe.freeze_bn_delay
     program["trained_zero_points"] = [name for name in program["zero_points"] if name not in weights]
     (folder / "program.json").write_text(json.dumps(program))
-    np.savez(folder / "weights.npz", **values)  # type: ignore[arg-type]
+    np.savez(folder / "weights.npz", **values)
 
 
 def _gemm_parameters(model: ir.Model) -> list[str]:
@@ -60,9 +60,7 @@ def _gemm_parameters(model: ir.Model) -> list[str]:
     return found
 
 
-def _unfold_batch_norms(
-    program: dict[str, Any], values: dict[str, Any], source: onnx.GraphProto
-) -> None:
+def _unfold_batch_norms(program: dict[str, Any], values: dict[str, Any], source: onnx.GraphProto) -> None:
     """Make ConvBatchNorm of each convolution with a folded batch norm, and FoldedWeight of its weight."""
     initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in source.initializer}
     convolutions = {node.output[0]: node for node in source.node if node.op_type == "Conv"}

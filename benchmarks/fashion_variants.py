@@ -248,9 +248,7 @@ def torch_learned(run: Run) -> Outcome:
         reason = next(filter(str.strip, reversed(child.stderr.splitlines())), "no message")
         return Outcome(TORCH, run.bits, run.seed, error=reason[:_LONGEST_ERROR])
     answer = json.loads(child.stdout.splitlines()[-1])
-    return Outcome(
-        TORCH, run.bits, run.seed, answer["top1"], answer["seconds"], tuple(answer["losses"])
-    )
+    return Outcome(TORCH, run.bits, run.seed, answer["top1"], answer["seconds"], tuple(answer["losses"]))
 
 
 def _paths(run: Run, kind: str) -> tuple[Path, Path]:

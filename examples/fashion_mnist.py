@@ -132,8 +132,8 @@ def _contents() -> list[bytes]:
         data = _verified(file, compressed.get(file.name))
         if data is None:
             raise FetchError(
-                f"{file.name} of the Debian package {PACKAGE} is missing or is not the pinned one: its content "
-                f"must have SHA-256 {file.sha256}."
+                f"{file.name} of the Debian package {PACKAGE} is missing or is not the pinned one: its "
+                f"content must have SHA-256 {file.sha256}."
             )
         contents.append(data)
     for file in FILES:
@@ -174,8 +174,8 @@ def _downloaded_package() -> bytes:
             return package.read_bytes()
     raise FetchError(
         f"Fashion-MNIST is not here, and the Debian package that holds it cannot be downloaded "
-        f"({'; '.join(dict.fromkeys(reasons))}). On Debian or Ubuntu: apt-get install {PACKAGE}. Elsewhere put "
-        f"{', '.join(file.name for file in FILES)} into {cache_folder() / PACKAGE}."
+        f"({'; '.join(dict.fromkeys(reasons))}). On Debian or Ubuntu: apt-get install {PACKAGE}. Elsewhere "
+        f"put {', '.join(file.name for file in FILES)} into {cache_folder() / PACKAGE}."
     )
 
 

@@ -34,7 +34,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     monkeypatch.setenv("ONNX_QAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     pinned = [IdxFile(file.name, hashlib.sha256(CONTENT[file.name]).hexdigest()) for file in FILES]
-    for name, file in zip(("TRAIN_IMAGES", "TRAIN_LABELS", "TEST_IMAGES", "TEST_LABELS"), pinned, strict=True):
+    for name, file in zip(
+        ("TRAIN_IMAGES", "TRAIN_LABELS", "TEST_IMAGES", "TEST_LABELS"), pinned, strict=True
+    ):
         monkeypatch.setattr(fashion_mnist, name, file)
     monkeypatch.setattr(fashion_mnist, "FILES", tuple(pinned))
 
