@@ -1,4 +1,4 @@
-"""What each target runtime quantizes: one policy a target, as data that placement reads."""
+"""What each target asks for: one policy a target, as data that placement and folding read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewriter.recipe import FoldStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetPolicy:
+class IntegerOperators:
     """Which operators a runtime computes in integers, and what it fuses into them.
 
     Attributes:
@@ -32,8 +32,26 @@ class TargetPolicy:
     shares_range: frozenset[str]
     quantizes_outputs: bool
     writes_float: frozenset[str]
-    fold_statistics: FoldStatistics = "quantized_layer"
-    bessel_correction: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetPolicy:
+    """Where a target wants quantizers, and how ranges and batch norms are treated.
+
+    Attributes:
+        operators: what its runtime computes in integers.
+        symmetric_weights: whether weights are symmetric whatever the recipe's `symmetric` says of
+            activations; otherwise they are as it says.
+        fold_statistics: what the statistics of the batch are taken of when a batch norm is folded in
+            training, unless the recipe says it.
+        bessel_correction: whether the running variance takes in n / (n - 1) times the variance of the batch,
+            an estimate of that of all data.
+    """
+
+    operators: IntegerOperators
+    symmetric_weights: bool
+    fold_statistics: FoldStatistics
+    bessel_correction: bool
 
 
 # onnxruntime matches DQ -> operator -> Q groups (QDQ format): every input and the output need a pair. It
@@ -42,7 +60,7 @@ class TargetPolicy:
 # their output, and do without where nothing in integers follows: class scores, attention scores, the input of
 # a GELU or LayerNorm. A pair there costs accuracy, and starves training: scores outside the calibrated range
 # have no gradient, and a new task or longer training takes them all outside.
-_ONNXRUNTIME: Final = TargetPolicy(
+_ONNXRUNTIME_OPERATORS: Final = IntegerOperators(
     quantized=frozenset(
         ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool")
     ),
@@ -51,6 +69,13 @@ _ONNXRUNTIME: Final = TargetPolicy(
     shares_range=frozenset(op for op, traits in OPERATORS.items() if traits.kind == "movement"),
     quantizes_outputs=True,
     writes_float=frozenset(("Gemm", "MatMul")),
+)
+
+_ONNXRUNTIME: Final = TargetPolicy(
+    operators=_ONNXRUNTIME_OPERATORS,
+    symmetric_weights=True,
+    fold_statistics="quantized_layer",
+    bessel_correction=False,  # ONNX defines BatchNormalization with the variance of the batch itself
 )
 
 TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME}
