@@ -39,7 +39,8 @@ class TargetPolicy:
     """Where a target wants quantizers, and how ranges and batch norms are treated.
 
     Attributes:
-        operators: what its runtime computes in integers.
+        operators: what its runtime computes in integers; None: quantizers stand where tf.contrib.quantize
+            put them (`placement.tf_contrib`).
         symmetric_weights: whether weights are symmetric whatever the recipe's `symmetric` says of
             activations; otherwise they are as it says.
         fold_statistics: what the statistics of the batch are taken of when a batch norm is folded in
@@ -48,7 +49,7 @@ class TargetPolicy:
             an estimate of that of all data.
     """
 
-    operators: IntegerOperators
+    operators: IntegerOperators | None
     symmetric_weights: bool
     fold_statistics: FoldStatistics
     bessel_correction: bool
@@ -78,4 +79,12 @@ _ONNXRUNTIME: Final = TargetPolicy(
     bessel_correction=False,  # ONNX defines BatchNormalization with the variance of the batch itself
 )
 
-TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME}
+# What TensorFlow 1.15 did, for results that can be compared with its own.
+_TF_CONTRIB: Final = TargetPolicy(
+    operators=None,
+    symmetric_weights=False,
+    fold_statistics="float_layer",
+    bessel_correction=True,
+)
+
+TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME, "tf_contrib": _TF_CONTRIB}

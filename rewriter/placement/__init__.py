@@ -1,7 +1,7 @@
 """Placement: which tensor gets which quantizer, which share one, what is skipped and why. Decides only.
 
-Where quantizers stand is the target's (`rewriter.targets`): around the operators that its runtime computes in
-integers (`placement.integer_operators`).
+Where quantizers stand is the target's (`rewriter.targets`): around the operators that a runtime computes in
+integers (`placement.integer_operators`), or where tf.contrib.quantize put them (`placement.tf_contrib`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rewriter.errors import ErrorCode, QatError
-from rewriter.placement import integer_operators
+from rewriter.placement import integer_operators, tf_contrib
 from rewriter.placement.drafts import plan_of
 from rewriter.placement.settings import require_matches
 from rewriter.quantization import Plan, Skipped
@@ -34,8 +34,11 @@ def place(model: ir.Model, recipe: Recipe) -> Plan:
     graph = model.graph
     policy = TARGETS[recipe.target]
     require_matches(graph.all_nodes(), recipe)
-    decision = integer_operators.decide(graph, recipe, policy, policy.operators)
-    if not decision.quantized_nodes:
+    if policy.operators is None:
+        decision = tf_contrib.decide(graph, recipe, policy)
+    else:
+        decision = integer_operators.decide(graph, recipe, policy, policy.operators)
+    if not decision.quantized_nodes and not decision.drafts:
         raise QatError(
             ErrorCode.NOTHING_TO_QUANTIZE,
             "No operator of the model can be quantized for the target "

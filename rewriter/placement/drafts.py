@@ -1,6 +1,6 @@
 """From decided quantizers to a plan: those that the model came with, one order, unique names.
 
-What decides (`placement.integer_operators`) returns a `Decision`; `plan_of` makes a
+What decides (`placement.integer_operators`, `placement.tf_contrib`) returns a `Decision`; `plan_of` makes a
 plan of it.
 """
 
