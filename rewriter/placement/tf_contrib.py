@@ -102,6 +102,7 @@ class _Placement:
         operands = ((node, weight_operand(node)) for node in graph if _why_no_layer(node, graph) is None)
         self._layers = {node: weight for node, weight in operands if weight is not None}
         self._matches = find_matches(graph, self._layers)
+        self._matched = {match.layer for match in self._matches}
         # Adds and Muls that rules 5 and 6 name.
         self._named: set[ir.Node] = set()
 
@@ -243,7 +244,7 @@ class _Placement:
             return f"outside the recipe's scope {self._recipe.scope!r}"
         if not self._settings(layer).quantize:
             return "excluded by an override of the recipe"
-        if all(match.layer is not layer for match in self._matches):
+        if layer not in self._matched:
             return (
                 "it has no bias, and no activation (Relu, Clip to [0, 6]) or other layer behind it that "
                 "tf.contrib.quantize takes together with it"
