@@ -166,7 +166,7 @@ class Context:
         return self.shape(value, axis, axis + 1 if axis != -1 else None)
 
     def elements(self, value: ir.Value, axes: Iterable[int], like: ir.Value) -> ir.Value:
-        """How many elements `value`, whose rank is known, has along `axes`: a scalar of `like`'s data type."""
+        """How many elements `value` (of known rank) has along `axes`: a scalar of `like`'s data type."""
         dims = dims_of(value)
         assert dims is not None
         chosen = [axis % len(dims) for axis in axes]

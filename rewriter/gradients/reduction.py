@@ -68,7 +68,8 @@ def _reduced_elements(ctx: Context, dy: ir.Value) -> ir.Value:
     x, axes = ctx.input(0), _axes(ctx)
     rank, known = rank_of(x), None if axes is None else constant_array(axes)
     if rank is None or (axes is not None and known is None):
-        return ctx.as_float(ctx.div(ctx.op("Size", x), ctx.op("Size", dy)), dy)
+        count = ctx.div(ctx.op("Size", x), ctx.op("Size", dy))
+        return ctx.product(ctx.op("Reshape", count, ctx.ints(-1)), dy)
     reduced = [] if known is None else [int(axis) for axis in known]
     if not reduced and not ctx.node.attributes.get_int("noop_with_empty_axes", 0):
         reduced = list(range(rank))
