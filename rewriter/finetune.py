@@ -18,13 +18,14 @@ import onnx_ir as ir
 from rewriter import bundle as bundles
 from rewriter.calibration.npz import Batch, NpzSamples, static_size
 from rewriter.errors import ErrorCode, QatError
+from rewriter.finalize.parameters import require_usable
 from rewriter.installation import Device
 from rewriter.load import load_from_bundle
 from rewriter.manifest import Manifest
 from rewriter.progress import Progress, silent
+from rewriter.training.derived import derived_values, require_scales
 from rewriter.training.losses import class_layout, dims
 from rewriter.training.runtime import TrainingSession, open_session
-from rewriter.training.scales import trained_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def finetune(
     with bundles.new_file(target) as trained:
         before = None if held_out is None else _evaluate(session, held_out, scoring)
         losses = _train(session, list(arrays.values()), batches, learning_rate, seed, progress)
-        _require_converged(session, manifest)
+        _require_converged(session, model, manifest)
         after = None if held_out is None else _evaluate(session, held_out, scoring)
         session.save(trained)
     return FinetuneReport(batches.steps, losses, before, after, target)
@@ -227,28 +228,21 @@ def _require_finite(loss: float, when: str) -> None:
         )
 
 
-def _require_converged(session: TrainingSession, manifest: Manifest) -> None:
+def _require_converged(session: TrainingSession, model: ir.Model, manifest: Manifest) -> None:
     """The loss of a step says nothing of what the last one makes of the parameters."""
-    parameters = {name: session.state.parameters[name].data for name in manifest.training.trainable}
-    initial, parameter_of = {}, {}
-    for entry in manifest.quantizers:
-        if entry.scale_parameter is not None:
-            parameter_of[entry.scale] = entry.scale_parameter
-            shape = parameters[entry.scale_parameter].shape
-            initial[entry.scale] = np.array(entry.initial_scale, np.float32).reshape(shape)
-    wrong = next((name for name, values in parameters.items() if not np.isfinite(values).all()), None)
+    parameters = {name: parameter.data for name, parameter in session.state.parameters}
     try:
-        if wrong is None:
-            trained_scales(parameters, initial, parameter_of)
+        require_usable(manifest, parameters)
+        sources = {entry.scale: entry.scale_parameter or entry.scale for entry in manifest.quantizers}
+        scales = derived_values(model, parameters, sources)
+        require_scales(scales, {name: sources[name] for name in scales})
     except QatError as error:
-        wrong = error.field
-    if wrong is not None:
         raise QatError(
             ErrorCode.TRAINING_DIVERGED,
-            f"After the last step the parameter {wrong!r} is not finite, or makes a scale that is 0 or not "
-            "finite: use a smaller learning rate.",
-            field=wrong,
-        )
+            f"After the last step the parameter {error.field!r} is not finite, or makes a scale that is 0 or "
+            "not finite: use a smaller learning rate.",
+            field=error.field,
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,8 @@ class QuantizerEntry(_Section):
         scale: name of the scale initializer in qat_model.onnx, and of the scale in eval_model.onnx.
         scale_parameter, zero_point_parameter: names of the trained parameters in the checkpoint, null when
             the one or the other is not trained.
-        range_state: name of the state in the checkpoint that holds the tracked range, null without one.
+        range_states: names of the states in the checkpoint that hold the tracked range: its low end, unless
+            that is always 0, and its high end; empty where it is not tracked.
         initial_scale: one value, or one per channel along `axis`.
         initialized: where the initial scale comes from.
     """
@@ -82,7 +83,7 @@ class QuantizerEntry(_Section):
     symmetric: bool
     qmin: int
     qmax: int
-    dtype: Literal["int8", "uint8", "int16", "uint16"]
+    dtype: str
     axis: int | None
     ranges: RangeSource
     quant_delay: int
@@ -90,7 +91,7 @@ class QuantizerEntry(_Section):
     scale_parameter: str | None
     zero_point: str
     zero_point_parameter: str | None
-    range_state: str | None
+    range_states: tuple[str, ...]
     initial_scale: tuple[float, ...]
     initial_zero_point: tuple[int, ...]
     initialized: str

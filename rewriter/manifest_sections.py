@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from rewriter.fold.batch_norm import FoldReport
+import dataclasses
+
+from rewriter.fold.batch_norm import BatchNormTensors, FoldReport
 from rewriter.manifest import (
+    BatchNorms,
+    BatchNormState,
     FoldedEntry,
     FrozenEntry,
     QuantizedTensorEntry,
     QuantizerEntry,
     SkippedEntry,
+    StepCounter,
     Target,
+    TrainedBatchNormEntry,
     Training,
 )
 from rewriter.normalize import NormalizationReport
 from rewriter.quantization import ParametersByQuantizer, Plan, Quantizer, QuantizerParameters
+from rewriter.recipe import CounterUnit, FoldStatistics, Recipe
 from rewriter.training.artifacts import TrainingReport
 
 
@@ -27,12 +34,75 @@ def quantizers(
     return tuple(entries)
 
 
-def folded(report: FoldReport) -> tuple[FoldedEntry, ...]:
-    return tuple(FoldedEntry(batch_norm=one.batch_norm, node=one.layer, op=one.op) for one in report.folded)
+def folded(report: FoldReport, statistics: FoldStatistics) -> tuple[FoldedEntry, ...]:
+    """Args: statistics: of what, for those that are folded in training."""
+    return tuple(
+        FoldedEntry(
+            batch_norm=one.batch_norm,
+            node=one.layer,
+            op=one.op,
+            statistics=None if one.training is None else statistics,
+            freeze_bn_delay=None if one.training is None else one.training.freeze_bn_delay,
+            state=None if one.training is None else _state(one.training.tensors),
+        )
+        for one in report.folded
+    )
+
+
+def batch_norms(report: FoldReport, recipe: Recipe) -> BatchNorms:
+    return BatchNorms(
+        found=report.found,
+        training_mode=report.training_mode,
+        trained=tuple(
+            TrainedBatchNormEntry(
+                node=one.node,
+                reason=one.reason,
+                freeze_bn_delay=one.freeze_bn_delay,
+                state=_state(one.tensors),
+            )
+            for one in report.trained
+        ),
+        note=_batch_norm_note(report, recipe),
+    )
+
+
+def _batch_norm_note(report: FoldReport, recipe: Recipe) -> str:
+    if not report.found:
+        effect = "has no effect" if recipe.freeze_bn_delay is not None else "would have none"
+        return (
+            "The model has no BatchNormalization: there is none in it, or the exporter folded it already. "
+            f"freeze_bn_delay {effect}."
+        )
+    training = [one.training for one in report.folded if one.training is not None]
+    acting = len(training) + len(report.trained)
+    if not acting:
+        return (
+            "Every batch norm keeps the running statistics that it came with: freeze_bn_delay has no effect."
+        )
+    came = (
+        f"{report.training_mode} of {report.found} came in training mode"
+        if report.training_mode
+        else "The model was exported for inference (training_mode 0)"
+    )
+    delays = {one.freeze_bn_delay for one in training} | {one.freeze_bn_delay for one in report.trained}
+    if delays == {None}:
+        effect = "until the end of training: freeze_bn_delay is null"
+    elif len(delays) == 1:
+        effect = f"before training step {delays.pop()}, and with their running statistics from then on"
+    else:
+        effect = "until they freeze, each at its freeze_bn_delay"
+    return (
+        f"{came}; in training {acting} of its {report.found} batch norms normalize with the statistics of "
+        f"the batch all the same, {effect}. The running statistics that it came with are where they start."
+    )
+
+
+def _state(tensors: BatchNormTensors) -> BatchNormState:
+    return BatchNormState(**dataclasses.asdict(tensors))
 
 
 def skipped(plan: Plan, report: FoldReport) -> tuple[SkippedEntry, ...]:
-    """Nodes that are not quantized, then batch norms that are not folded."""
+    """Nodes that are not quantized, then batch norms that are left as they were."""
     nodes = (SkippedEntry(node=one.node, op=one.op, reason=one.reason) for one in plan.skipped)
     batch_norms = (
         SkippedEntry(node=one.node, op="BatchNormalization", reason=f"not folded: {one.reason}")
@@ -45,7 +115,7 @@ def frozen(report: TrainingReport) -> tuple[FrozenEntry, ...]:
     return tuple(FrozenEntry(parameter=name, reason=reason) for name, reason in report.frozen.items())
 
 
-def training(report: TrainingReport) -> Training:
+def training(report: TrainingReport, counts: CounterUnit) -> Training:
     """What the report says that is not listed elsewhere in the manifest."""
     target = report.target
     return Training(
@@ -58,7 +128,9 @@ def training(report: TrainingReport) -> Training:
         eval_outputs=report.eval_outputs,
         optimizer=report.optimizer,
         trainable=report.trainable,
-        scales="exp" if report.scales else "fixed",
+        state=report.state,
+        step_counter=StepCounter(state=report.step_counter, counts=counts),
+        scales="exp" if report.scale_parameters else "fixed",
     )
 
 
@@ -110,7 +182,7 @@ def _quantizer(
         scale_parameter=report.scale_parameters.get(quantizer.scale_name),
         zero_point=quantizer.zero_point_name,
         zero_point_parameter=report.zero_point_parameters.get(quantizer.zero_point_name),
-        range_state=report.range_states.get(quantizer.name),
+        range_states=report.range_states.get(quantizer.name, ()),
         initial_scale=tuple(float(s) for s in parameters.scale.reshape(-1)),
         initial_zero_point=tuple(int(z) for z in parameters.zero_point.reshape(-1)),
         initialized=parameters.initialized,

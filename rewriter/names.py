@@ -21,6 +21,9 @@ class FreeNames:
         # Numbers up to these are taken: a name that is asked for often is not searched from the start.
         self._counts: dict[tuple[str, tuple[str, ...]], int] = {}
 
+    def is_free(self, name: str) -> bool:
+        return name not in self._taken
+
     def take(self, name: str) -> str:
         """`name`, or `name` with the first number that makes it free; from now on it is taken."""
         return self.take_stem(name, ("",))

@@ -14,10 +14,11 @@ from rewriter import inference
 from rewriter import manifest_sections as sections
 from rewriter.calibration import calibrate
 from rewriter.errors import ErrorCode, QatError
-from rewriter.fold.batch_norm import FoldReport, fold_batch_norms
+from rewriter.finalize.parameters import apply_checkpoint
+from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.insertion import insert
 from rewriter.installation import training_build
-from rewriter.load import FALSE_SHAPE, external_data_files, load, save
+from rewriter.load import FALSE_SHAPE, external_data_files, load, load_from_bundle, save
 from rewriter.lowering import lower
 from rewriter.manifest import Manifest, Normalization, Source
 from rewriter.normalize import normalize
@@ -26,6 +27,7 @@ from rewriter.progress import Progress, silent
 from rewriter.quantization import Plan, QuantizerParameters
 from rewriter.recipe import Recipe
 from rewriter.training.artifacts import write_training_artifacts
+from rewriter.training.checkpoint import read_checkpoint
 from rewriter.training.reserved_names import free_reserved_names
 from rewriter.training.runtime import open_session
 
@@ -68,7 +70,7 @@ def prepare(
         false_shape = graph.meta.get(FALSE_SHAPE)
         normalization = normalize(graph)
         free_reserved_names(graph)
-        folding = fold_batch_norms(graph) if recipe.batch_norm == "fold_inference" else FoldReport()
+        folding = fold_batch_norms(graph, recipe)
         progress("normalize", 1.0)
 
         plan = place(graph, recipe)
@@ -79,7 +81,10 @@ def prepare(
         insert(graph, plan, parameters)
 
         progress("write", 0.0)
-        training = write_training_artifacts(graph, recipe, folder)
+        training = write_training_artifacts(graph, recipe, folder, plan=plan, folding=folding)
+        apply_checkpoint(
+            graph, load_from_bundle(folder / bundles.EVAL_MODEL), read_checkpoint(folder / bundles.CHECKPOINT)
+        )
         lower(graph, saturation="before")
         save(graph, folder / bundles.QAT_MODEL)
         progress("write", 0.5)
@@ -92,10 +97,11 @@ def prepare(
             normalization=Normalization.model_validate(dataclasses.asdict(normalization)),
             quantizers=sections.quantizers(plan, parameters, training),
             quantized_nodes=plan.quantized_nodes,
-            folded=sections.folded(folding),
+            folded=sections.folded(folding, training.statistics),
+            batch_norms=sections.batch_norms(folding, recipe),
             skipped=sections.skipped(plan, folding),
             frozen=sections.frozen(training),
-            training=sections.training(training),
+            training=sections.training(training, recipe.step_counter),
             warnings=(
                 *sections.false_shape(false_shape),
                 *sections.warnings(normalization, plan, parameters, training),

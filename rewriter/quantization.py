@@ -128,6 +128,9 @@ class Plan:
     quantized_nodes: tuple[str, ...]
 
 
+NO_PLAN = Plan(quantizers=(), skipped=(), quantized_nodes=())
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizerParameters:
     """Start values of a quantizer.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from rewriter.operators import OPERATORS
+from rewriter.recipe import FoldStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class TargetPolicy:
     shares_range: frozenset[str]
     quantizes_outputs: bool
     writes_float: frozenset[str]
+    fold_statistics: FoldStatistics = "quantized_layer"
+    bessel_correction: bool = False
 
 
 # onnxruntime matches DQ -> operator -> Q groups (QDQ format): every input and the output need a pair. It

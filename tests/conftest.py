@@ -18,6 +18,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--conformance",
+        metavar="FILE",
+        type=Path,
+        default=Path(__file__).parent / "rewriter/conformance/tf_contrib_quantize.json",
+        help="numbers that TensorFlow 1.15.5's tf.contrib.quantize produced, which our graphs reproduce",
+    )
+
+
 @pytest.fixture(scope="session")
 def real_model() -> Callable[[str], Path]:
     """`real_model(name)`: path of a pinned model of examples/models.py, downloaded the first time."""

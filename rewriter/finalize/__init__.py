@@ -13,7 +13,7 @@ from rewriter import bundle as bundles
 from rewriter.calibration.npz import NpzSamples
 from rewriter.fake_quantize import is_fake_quantize, read
 from rewriter.finalize.biases import quantize_biases
-from rewriter.finalize.parameters import apply_checkpoint
+from rewriter.finalize.parameters import apply_checkpoint, require_usable, require_usable_scales
 from rewriter.finalize.verification import (
     FLOAT_KERNELS,
     INTEGER_KERNELS,
@@ -100,7 +100,10 @@ def finalize(
     RaiseQuantizePairs()(model)
     RemoveUnusedNodesPass()(model)
     identity = identity_of(bundle / bundles.TRAINING_MODEL)
-    apply_checkpoint(model, manifest, read_checkpoint(checkpoint or latest_checkpoint(bundle), identity))
+    parameters = read_checkpoint(checkpoint or latest_checkpoint(bundle), identity)
+    require_usable(manifest, parameters)
+    apply_checkpoint(model, load_from_bundle(bundle / bundles.EVAL_MODEL), parameters)
+    require_usable_scales(manifest, model)
     progress("load", 1.0)
 
     with tempfile.TemporaryDirectory() as scratch, bundles.new_file(output) as staging:

@@ -1,7 +1,12 @@
-"""Folds inference-mode batch normalization into the layer before it.
+"""Folds batch normalization into the layer before it.
 
     BN(u) = gamma * (u - mean) / sqrt(variance + epsilon) + beta = factor * u + shift      per channel
     BN(layer(x, W) + b) = layer(x, factor * W) + factor * b + shift
+
+That is inference with the running statistics, of which the QAT model starts. What is folded for training only
+(recipe: batch_norm = "fold_training") leaves a `TrainingFold` behind: the training graph computes weight and
+bias from W, gamma, beta and the running statistics anew, and normalizes with the statistics of the batch
+(`rewriter.training.batch_norm`).
 
 Rules:
 
@@ -11,44 +16,95 @@ Rules:
    gets an Add behind it. Axis 1, the channels of a batch norm, must be the axis that the weight produces.
 3. A Mul and an Add by per-channel constants behind a batch norm (Caffe's Scale) become part of its gamma and
    beta first, whether it can be folded or not.
-4. Layers that share a weight and have the same factors keep sharing it; otherwise each gets its own.
-5. What cannot be folded is left as it is, with the reason.
+4. Layers that share a weight and have the same factors keep sharing it; otherwise each gets its own. In
+   training they share it only if they are one module that is called twice: their batch norms read the same
+   four tensors. Batch norms that share some of them, as exporters merge equal constants, get copies.
+5. What cannot be folded stays, with the reason; with "fold_training" it trains as a batch norm, and with
+   "keep" every one does.
+6. Batch norms outside the recipe's scope are left as they are. (tf.contrib.quantize folded them all.) One
+   that was exported in training mode is one in inference mode where it trains.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.fold.channel_scale import merge_channel_scales
+from rewriter.fold.matching import BatchNormPair, Left, bias_of, match_batch_norms, why_not_affine
 from rewriter.initializers import add_initializer, initializer_array
 from rewriter.names import FreeNames
-from rewriter.operators import WeightOperand, is_constant, is_operator, weight_operand
+from rewriter.operators import is_operator
+from rewriter.placement.settings import NodeSettings, in_scope, settings_for_unit
 from rewriter.quantization import Statistics
+from rewriter.recipe import Recipe
 
 _Float64 = npt.NDArray[np.float64]
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormTensors:
+    """What a batch norm is made of, by name; float32, shape [channels]."""
+
+    gamma: str
+    beta: str
+    running_mean: str
+    running_variance: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFold:
+    """How the training graph computes a folded weight and bias.
+
+    Attributes:
+        weight, bias: initializers of the folded model: factor * W, and beta - factor * mean.
+        original: W, which has its old name.
+        values: gamma, beta, running mean (of the layer without its bias) and running variance.
+        weight_index: which input of the folded layer the weight is.
+        channel_axis, group: where the output channels are in W; see `rewriter.operators`.
+        add: the node that adds the bias, None where the layer does.
+    """
+
+    weight: str
+    bias: str
+    original: ir.TensorProtocol
+    tensors: BatchNormTensors
+    values: tuple[npt.NDArray[np.float32], ...]
+    epsilon: float
+    momentum: float
+    weight_index: int
+    channel_axis: int | None
+    group: int
+    add: str | None
+    freeze_bn_delay: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A batch norm that became part of a layer: names of the nodes, operator type of the layer."""
+    """A batch norm that became part of a layer: names of the nodes, operator type of the layer.
+
+    `training`: None where it was folded once and for all.
+    """
 
     batch_norm: str
     layer: str
     op: str
+    training: TrainingFold | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Left:
-    """A batch norm that stays, with the reason for a person."""
+class Trained:
+    """A batch norm that stays and trains as one, and why it is not folded."""
 
     node: str
     reason: str
+    tensors: BatchNormTensors
+    freeze_bn_delay: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,46 +112,154 @@ class FoldReport:
     """What folding did, in graph order.
 
     Attributes:
+        found, training_mode: batch norms in the model, and how many of them came in training mode.
         statistics: mean and standard deviation per channel, beta and |gamma|, of what batch norms gave in
             training, folded and left ones; float64, shape [channels], by the name that the tensor has now.
     """
 
     folded: tuple[Folded, ...] = ()
+    trained: tuple[Trained, ...] = ()
     left: tuple[Left, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
+    found: int = 0
+    training_mode: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchNormPair:
-    """A layer and the batch norm behind it that it can take in."""
+def fold_batch_norms(model: ir.Model, recipe: Recipe | None = None) -> FoldReport:
+    """Fold the batch norms of a normalized model, in place.
 
-    layer: ir.Node
-    weight: WeightOperand
-    batch_norm: ir.Node
-
-    def factor_and_shift(self) -> tuple[_Float64, _Float64]:
-        """What the batch norm does to each channel, shape [channels]."""
-        gamma, beta, mean, variance = (_float64(value) for value in self.batch_norm.inputs[1:5])
-        factor = gamma / np.sqrt(variance + self.batch_norm.attributes.get_float("epsilon", 1e-5))
-        return factor, beta - factor * mean
-
-
-def fold_batch_norms(model: ir.Model) -> FoldReport:
-    """Fold every batch norm of a normalized model that can be folded, in place."""
-    merge_channel_scales(model)
+    Args:
+        recipe: scope, batch_norm, freeze_bn_delay and overrides are read; None: all that can be are folded
+            once and for all.
+    """
+    recipe = recipe or Recipe(batch_norm="fold_inference")
+    batch_norms = [node for node in model.graph.all_nodes() if is_operator(node, "BatchNormalization")]
+    training_mode = [node for node in batch_norms if node.attributes.get_int("training_mode", 0)]
+    for node in training_mode:
+        if in_scope(node, recipe) and _settings(node, recipe).batch_norm != "fold_inference":
+            _to_inference_mode(node)
+    merge_channel_scales(model, [node for node in batch_norms if in_scope(node, recipe)])
     pairs, left = match_batch_norms(model)
+    decided = {pair.batch_norm: _decide(pair, recipe) for pair in pairs}
+    stays = {one.node: one.reason for one in left}
+    reasons = {node: stays.get(node.name or "") or decided[node].reason for node in batch_norms}
+    trained = {
+        node: reason
+        for node in batch_norms
+        if (reason := reasons[node]) is not None and _trains(node, model.graph, recipe)
+    }
+    folds = [pair for pair in pairs if decided[pair.batch_norm].reason is None]
+    in_training = [pair for pair in folds if decided[pair.batch_norm].settings.batch_norm == "fold_training"]
+    _separate_tensors([*trained, *(pair.batch_norm for pair in in_training)], model)
+
     folding = _Folding(model)
     statistics = _statistics(model.graph)
-    outputs = {pair.batch_norm: folding.fold(pair) for pair in pairs}
+    folded, outputs = [], {}
+    for pair in folds:
+        name, layer = pair.batch_norm.name or "", pair.layer
+        training = None
+        if pair in in_training:
+            outputs[pair.batch_norm], training = folding.fold_for_training(
+                pair, decided[pair.batch_norm].settings.freeze_bn_delay
+            )
+        else:
+            outputs[pair.batch_norm] = folding.fold(pair)
+        folded.append(Folded(name, layer.name or "", layer.op_type, training))
     folding.finish()
     return FoldReport(
-        folded=tuple(
-            Folded(pair.batch_norm.name or "", pair.layer.name or "", pair.layer.op_type) for pair in pairs
+        folded=tuple(folded),
+        trained=tuple(
+            Trained(node.name or "", reason, _tensors(node), _settings(node, recipe).freeze_bn_delay)
+            for node, reason in trained.items()
         ),
-        left=tuple(left),
+        left=tuple(
+            Left(node.name or "", reason)
+            for node in batch_norms
+            if (reason := reasons[node]) is not None and node not in trained
+        ),
         statistics={
             outputs.get(node, node.outputs[0]).name or "": known for node, known in statistics.items()
         },
+        found=len(batch_norms),
+        training_mode=len(training_mode),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decision:
+    """What the recipe says about a batch norm that can be folded; `reason`: why it is not."""
+
+    settings: NodeSettings
+    reason: str | None
+
+
+def _decide(pair: BatchNormPair, recipe: Recipe) -> _Decision:
+    settings = settings_for_unit((pair.batch_norm, pair.layer), recipe)
+    if not in_scope(pair.batch_norm, recipe):
+        return _Decision(settings, _outside(recipe))
+    if not in_scope(pair.layer, recipe):
+        return _Decision(settings, f"the layer before it is {_outside(recipe)}")
+    return _Decision(settings, "the recipe keeps it" if settings.batch_norm == "keep" else None)
+
+
+def _trains(node: ir.Node, graph: ir.Graph, recipe: Recipe) -> bool:
+    """Whether a batch norm that is not folded normalizes with the statistics of the batch in training."""
+    return (
+        in_scope(node, recipe)
+        and _settings(node, recipe).batch_norm != "fold_inference"
+        and why_not_affine(node, graph) is None
+    )
+
+
+def _settings(batch_norm: ir.Node, recipe: Recipe) -> NodeSettings:
+    """With the layer before it, if there is one: overrides match one or the other."""
+    x = batch_norm.inputs[0]
+    layer = None if x is None else x.producer()
+    return settings_for_unit((batch_norm,) if layer is None else (batch_norm, layer), recipe)
+
+
+def _outside(recipe: Recipe) -> str:
+    return f"outside the recipe's scope {recipe.scope!r}"
+
+
+def _to_inference_mode(node: ir.Node) -> None:
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return
+    node.attributes.pop("training_mode")
+    node.resize_outputs(1)
+
+
+def _tensors(batch_norm: ir.Node) -> BatchNormTensors:
+    return BatchNormTensors(*(value.name or "" for value in batch_norm.inputs[1:5] if value is not None))
+
+
+def _separate_tensors(batch_norms: Iterable[ir.Node], model: ir.Model) -> None:
+    """Rule 4: copies for a batch norm of tensors that others, or it itself, read in another place."""
+    names = FreeNames(model)
+    copies: dict[tuple[ir.Value | None, ...], tuple[ir.Value, ...]] = {}
+    for node in batch_norms:
+        original = tuple(node.inputs[1:5])
+        if original not in copies:
+            copies[original] = tuple(
+                value
+                if _is_own(value, index, original)
+                else add_initializer(
+                    model.graph, names.take(f"{node.name}.{_ROLES[index]}"), initializer_array(value).copy()
+                )
+                for index, value in enumerate(original, 1)
+                if value is not None
+            )
+        for index, value in enumerate(copies[original], 1):
+            node.replace_input_with(index, value)
+
+
+_ROLES: Final = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
+
+
+def _is_own(value: ir.Value, index: int, tensors: tuple[ir.Value | None, ...]) -> bool:
+    """Whether only batch norms with all the same tensors read the value, and all in this place."""
+    return not value.is_graph_output() and all(
+        use.idx == index and tuple(use.node.inputs[1:5]) == tensors for use in value.uses()
     )
 
 
@@ -104,83 +268,18 @@ def _statistics(graph: ir.Graph) -> dict[ir.Node, tuple[_Float64, _Float64]]:
     return {
         node: (_float64(node.inputs[2]), np.abs(_float64(node.inputs[1])))
         for node in graph
-        if is_operator(node, "BatchNormalization") and _why_not_constant(node, graph) is None
+        if is_operator(node, "BatchNormalization") and why_not_affine(node, graph) is None
     }
 
 
-def match_batch_norms(model: ir.Model) -> tuple[list[BatchNormPair], list[Left]]:
-    """Find the batch norms that rule 1 and 2 allow to fold, and the others with reasons; changes nothing."""
-    pairs, left = [], []
-    for node in model.graph.all_nodes():
-        if not is_operator(node, "BatchNormalization"):
-            continue
-        found = _why_not_constant(node, model.graph) or _match_layer(node)
-        if isinstance(found, str):
-            left.append(Left(node.name or "", found))
-        else:
-            pairs.append(found)
-    return pairs, left
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """The value in place of the batch norm's result, what makes it, and the node that adds the bias."""
 
-
-def _why_not_constant(node: ir.Node, graph: ir.Graph) -> str | None:
-    """Why the batch norm is not an affine function with known constants."""
-    if node.graph is not graph:
-        return "inside the body of an If, Loop or Scan"
-    if node.attributes.get_int("training_mode", 0):
-        return "it is in training mode"
-    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
-        return "its running statistics are outputs of the model"
-    if not all(is_constant(value) for value in node.inputs[1:5]):
-        return "its statistics are not constants"
-    variance = _float64(node.inputs[4]) + node.attributes.get_float("epsilon", 1e-5)
-    if not (variance > 0).all() or not all(np.isfinite(_float64(value)).all() for value in node.inputs[1:5]):
-        return "its variance is not positive, or a statistic is not finite"
-    return None
-
-
-def _match_layer(batch_norm: ir.Node) -> BatchNormPair | str:
-    """The layer before the batch norm, or why it cannot take the batch norm in."""
-    x = batch_norm.inputs[0]
-    layer = None if x is None else x.producer()
-    if x is None or layer is None:
-        return "its input is an input of the model"
-    if not is_operator(layer, *_LAYERS) or layer.graph is not batch_norm.graph:
-        return f"the operator before it is {layer.op_type} {layer.name!r}, not a layer"
-    if len(x.uses()) != 1 or x.is_graph_output():
-        return f"the result of {layer.op_type} {layer.name!r} has other readers"
-    weight = weight_operand(layer)
-    if weight is None or layer.inputs[weight.index] is not weight.value:
-        return f"the weight of {layer.op_type} {layer.name!r} is not a float constant"
-    if weight.value.dtype != ir.DataType.FLOAT or weight.value.shape is None:
-        return f"the weight of {layer.op_type} {layer.name!r} is not float32"
-    bias = _bias(layer)
-    if bias is not None and (not is_constant(bias) or bias.dtype != ir.DataType.FLOAT):
-        return f"the bias of {layer.op_type} {layer.name!r} is not a float constant"
-    if layer.op_type == "MatMul" and not _makes_channels(layer, weight):
-        return f"the channels of the batch norm are not those that the weight of MatMul {layer.name!r} makes"
-    if _channels(layer, weight) != _float64(batch_norm.inputs[1]).size:
-        return f"it has another number of channels than {layer.op_type} {layer.name!r}"
-    return BatchNormPair(layer, weight, batch_norm)
-
-
-def _makes_channels(layer: ir.Node, weight: WeightOperand) -> bool:
-    """Whether axis 1 of a MatMul's result is the output axis of its rank-2 weight."""
-    shape = layer.outputs[0].shape
-    rank = None if shape is None else len(shape)
-    return weight.axis is not None and rank == (2 if weight.index == 1 else 3)
-
-
-def _channels(layer: ir.Node, weight: WeightOperand) -> int:
-    assert weight.value.shape is not None
-    shape = weight.value.shape.numpy()
-    if layer.op_type == "ConvTranspose":
-        return shape[1] * layer.attributes.get_int("group", 1)
-    assert weight.axis is not None
-    return shape[weight.axis]
-
-
-def _bias(layer: ir.Node) -> ir.Value | None:
-    return layer.inputs[2] if len(layer.inputs) > 2 else None
+    output: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+    add: str | None
 
 
 class _Folding:
@@ -190,20 +289,56 @@ class _Folding:
         # Rule 4: folded weights by what they are made from.
         self._weights: dict[tuple[object, ...], ir.Value] = {}
         self._replaced: dict[ir.Value, list[ir.Value]] = {}
+        self._trained: set[ir.Value] = set()
 
     def fold(self, pair: BatchNormPair) -> ir.Value:
         """Returns the value that takes the place of the batch norm's result."""
+        return self._fold(pair, shared_with=()).output
+
+    def fold_for_training(
+        self, pair: BatchNormPair, freeze_bn_delay: int | None
+    ) -> tuple[ir.Value, TrainingFold]:
+        """The same, and how the training graph computes weight and bias."""
+        weight, attributes = pair.weight, pair.batch_norm.attributes
+        tensors, bias = _tensors(pair.batch_norm), bias_of(pair.layer)
+        original = weight.value.const_value
+        assert original is not None
+        values = [initializer_array(value) for value in pair.batch_norm.inputs[1:5]]
+        if bias is not None:  # before the freeze it cancels: the running mean takes it in
+            scale = pair.layer.attributes.get_float("beta", 1.0) if pair.layer.op_type == "Gemm" else 1.0
+            values[2] = (values[2] - scale * _rows(_float64(bias))).astype(np.float32)
+        group = pair.layer.attributes.get_int("group", 1) if pair.layer.op_type == "ConvTranspose" else 1
+        self._trained.add(weight.value)
+        result = self._fold(pair, shared_with=tuple(pair.batch_norm.inputs[1:5]))
+        return result.output, TrainingFold(
+            weight=result.weight.name or "",
+            bias=result.bias.name or "",
+            original=original,
+            tensors=tensors,
+            values=tuple(values),
+            epsilon=attributes.get_float("epsilon", 1e-5),
+            momentum=attributes.get_float("momentum", 0.9),
+            weight_index=weight.index,
+            channel_axis=weight.axis,
+            group=group,
+            add=result.add,
+            freeze_bn_delay=freeze_bn_delay,
+        )
+
+    def _fold(self, pair: BatchNormPair, shared_with: tuple[ir.Value | None, ...]) -> _Result:
         factor, shift = pair.factor_and_shift()
-        layer, batch_norm = pair.layer, pair.batch_norm
-        layer.replace_input_with(pair.weight.index, self._folded_weight(pair, factor))
+        layer, add = pair.layer, None
+        weight = self._folded_weight(pair, factor, shared_with)
+        layer.replace_input_with(pair.weight.index, weight)
         if layer.op_type != "MatMul":
-            self._fold_bias(layer, factor, shift)
+            bias, output = self._fold_bias(layer, factor, shift), layer.outputs[0]
         elif pair.weight.index == 1:
-            layer = self._as_gemm(layer, shift)
+            bias, output = self._as_gemm(layer, shift)
         else:
-            layer = self._with_add(layer, shift)
-        self._take_over(batch_norm, layer.outputs[0])
-        return layer.outputs[0]
+            bias, node = self._with_add(layer, shift)
+            add, output = node.name, node.outputs[0]
+        self._take_over(pair.batch_norm, output)
+        return _Result(output, weight, bias, add)
 
     def finish(self) -> None:
         """Drop what nothing reads any more; a weight's only replacement gets its name."""
@@ -212,21 +347,23 @@ class _Folding:
                 continue
             name = original.name or ""
             self._graph.initializers.pop(name)
-            if len(folded) == 1:
+            if len(folded) == 1 and original not in self._trained:
                 folded[0].name = name
 
-    def _folded_weight(self, pair: BatchNormPair, factor: _Float64) -> ir.Value:
+    def _folded_weight(
+        self, pair: BatchNormPair, factor: _Float64, shared_with: tuple[ir.Value | None, ...]
+    ) -> ir.Value:
         weight, layer = pair.weight.value, pair.layer
         group = layer.attributes.get_int("group", 1) if layer.op_type == "ConvTranspose" else 1
-        key = (weight, pair.weight.axis, group, factor.tobytes())
+        key = (weight, pair.weight.axis, group, factor.tobytes(), shared_with)
         if key not in self._weights:
             array = _scaled(_float64(weight), factor, pair.weight.axis, group)
             self._weights[key] = self._initializer(f"{weight.name}_folded", array)
             self._replaced.setdefault(weight, []).append(self._weights[key])
         return self._weights[key]
 
-    def _fold_bias(self, layer: ir.Node, factor: _Float64, shift: _Float64) -> None:
-        bias = _bias(layer)
+    def _fold_bias(self, layer: ir.Node, factor: _Float64, shift: _Float64) -> ir.Value:
+        bias = bias_of(layer)
         values = np.zeros_like(shift) if bias is None else _float64(bias)
         if layer.op_type == "Gemm":
             values = values * layer.attributes.get_float("beta", 1.0)
@@ -237,22 +374,23 @@ class _Folding:
         else:
             self._replaced.setdefault(bias, []).append(folded)
         layer.replace_input_with(2, folded)
+        return folded
 
-    def _as_gemm(self, layer: ir.Node, shift: _Float64) -> ir.Node:
+    def _as_gemm(self, layer: ir.Node, shift: _Float64) -> tuple[ir.Value, ir.Value]:
         x, weight = layer.inputs
         bias = self._initializer(f"{layer.name}_bias", shift)
         gemm = ir.node("Gemm", [x, weight, bias], name=layer.name)
         old, new = layer.outputs[0], gemm.outputs[0]
         ir.convenience.replace_nodes_and_values(self._graph, layer, [layer], [gemm], [old], [new])
-        return gemm
+        return bias, new
 
-    def _with_add(self, layer: ir.Node, shift: _Float64) -> ir.Node:
+    def _with_add(self, layer: ir.Node, shift: _Float64) -> tuple[ir.Value, ir.Node]:
         bias = self._initializer(f"{layer.name}_bias", shift[:, np.newaxis])
         x = layer.outputs[0]
         output = ir.Value(name=self._names.take(f"{x.name}_biased"), shape=x.shape, type=x.type)
         add = ir.node("Add", [x, bias], outputs=[output], name=self._names.take(f"{layer.name}_bias_add"))
         self._graph.insert_after(layer, add)
-        return add
+        return bias, add
 
     def _take_over(self, batch_norm: ir.Node, output: ir.Value) -> None:
         old = batch_norm.outputs[0]

@@ -11,6 +11,8 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -20,11 +22,11 @@ from rewriter.names import FreeNames
 from rewriter.operators import is_constant, is_operator
 
 
-def merge_channel_scales(model: ir.Model) -> None:
-    """Merge as long as a batch norm is followed by such a Mul or Add, in place."""
+def merge_channel_scales(model: ir.Model, batch_norms: Iterable[ir.Node]) -> None:
+    """Merge as long as one of `batch_norms` is followed by such a Mul or Add, in place."""
     names = FreeNames(model)
-    for node in model.graph:
-        if is_operator(node, "BatchNormalization") and not node.attributes.get_int("training_mode", 0):
+    for node in batch_norms:
+        if node.graph is model.graph and not node.attributes.get_int("training_mode", 0):
             while _try_merge(node, model.graph, names):
                 pass
 

@@ -2,6 +2,7 @@
 
 # Importing a family of rules is what puts it into the table.
 import rewriter.gradients.activation
+import rewriter.gradients.batch_norm
 import rewriter.gradients.convolution
 import rewriter.gradients.elementwise
 import rewriter.gradients.linear

@@ -213,6 +213,9 @@ class _Raising:
         if key not in self._parameters:
             scale, zero_point = found.scale, found.zero_point
             stem = (scale.name or "").removesuffix("_scale") if scale is not None else ""
+            if found.wide is not None and zero_point is None and self._names.is_free(f"{stem}_zero_point"):
+                name = self._names.take(f"{stem}_zero_point")
+                zero_point = add_initializer(self._graph, name, found.grid.zero_point)
             if not (
                 scale is not None
                 and zero_point is not None

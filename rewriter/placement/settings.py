@@ -7,7 +7,7 @@ not "encoder/layer10". Of the overrides that match a node the last one counts, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import onnx
@@ -36,9 +36,13 @@ class NodeSettings:
 
 def settings_for(node: ir.Node, recipe: Recipe) -> NodeSettings:
     """The recipe with the last override that matches the node."""
-    override = next((o for o in reversed(recipe.overrides) if _overrides(o, node)), None)
-    if override is None:
-        override = Override(match=node.op_type)
+    return settings_for_unit((node,), recipe)
+
+
+def settings_for_unit(nodes: Sequence[ir.Node], recipe: Recipe) -> NodeSettings:
+    """The recipe with the last override that matches one of several nodes which are treated as one."""
+    matching = (o for o in reversed(recipe.overrides) if any(_overrides(o, node) for node in nodes))
+    override = next(matching, None) or Override(match=nodes[0].op_type)
     return NodeSettings(
         quantize=override.quantize,
         weight_bits=_or_default(override.weight_bits, recipe.weight_bits),

@@ -21,20 +21,23 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter import bundle as bundles
+from rewriter.channel_operators import lower_channel_operators
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
+from rewriter.fold.batch_norm import FoldReport
 from rewriter.gradients import differentiate, trainability
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
 from rewriter.operators import MICROSOFT
-from rewriter.recipe import LossKind, OptimizerName, Recipe
+from rewriter.quantization import NO_PLAN, Plan
+from rewriter.recipe import FoldStatistics, LossKind, OptimizerName, Recipe
 from rewriter.training import layout
 from rewriter.training.checkpoint import identity_of, stamp, write_checkpoint
+from rewriter.training.form import TrainingForm
 from rewriter.training.losses import Attachment, Dim, attach_loss
 from rewriter.training.optimizer import optimizer_model
 from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
 from rewriter.training.reserved_names import is_reserved, rename
-from rewriter.training.scales import ScaleParameter, TrainedScale, parameterize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,14 @@ class TrainingReport:
         inputs: everything a step is fed, in order, the target last.
         eval_outputs: outputs of the eval model after the loss: the model's own.
         trainable: parameters in the checkpoint that training changes, in the models' order; the parameters
-            of scales among them.
+            of scales and zero points among them.
         frozen: float parameters and scales that training does not change, and why.
-        scales: initializer of each trained scale -> how it is trained.
+        state: what the checkpoint holds and the training graph updates, in the models' order.
+        step_counter: the one among them that counts the steps.
+        scale_parameters, zero_point_parameters: initializer of each trained scale or zero point -> its
+            parameter.
+        range_states: quantizer -> the states of its tracked range; the low end, if it has one, and the high.
+        statistics: what folded batch norms take the statistics of the batch of.
         warnings: sentences for a person.
     """
 
@@ -75,17 +83,35 @@ class TrainingReport:
     optimizer: OptimizerName
     trainable: tuple[str, ...]
     frozen: dict[str, str]
-    scales: dict[str, ScaleParameter]
+    state: tuple[str, ...]
+    step_counter: str
+    scale_parameters: dict[str, str]
+    zero_point_parameters: dict[str, str]
+    range_states: dict[str, tuple[str, ...]]
+    statistics: FoldStatistics
     warnings: tuple[str, ...]
 
 
-def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Path) -> TrainingReport:
+def write_training_artifacts(
+    model: ir.Model,
+    recipe: Recipe,
+    folder: pathlib.Path,
+    *,
+    plan: Plan = NO_PLAN,
+    folding: FoldReport | None = None,
+) -> TrainingReport:
     """Write training_model.onnx, eval_model.onnx, optimizer_model.onnx and checkpoint into `folder`.
+
+    The eval model is the QAT model with what training changes as parameters, and state. From it follows the
+    training model: batch norms normalize with the statistics of the batch, ranges are tracked, steps counted,
+    and the gradients and the updates of the state are appended.
 
     Args:
         model: the QAT model: FakeQuantize nodes, weights and scales as initializers, opset 18, nodes in
             topological order. It is not changed, and its weights are not copied.
-        recipe: loss, optimizer, ranges and frozen are read here.
+        plan: where the ranges of its quantizers come from, and when they begin; quantizers that it does not
+            name are what the recipe says of all.
+        folding: which batch norms train, folded or on their own.
         folder: an existing directory.
 
     Raises:
@@ -102,10 +128,12 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
     if is_reserved(loss.name or ""):  # the model's own loss: the API would not return it
         rename([loss], FreeNames(training))
     graph.outputs[:] = [loss, *(output for output in own_outputs if output is not loss)]
-    weights, scales, frozen = _trained_values(graph, recipe, loss)
-    trained_scales = parameterize(graph, scales)
-    trained = {*weights, *(scale.parameter for scale in trained_scales)}
-    parameters = _in_checkpoint(graph, trained, trained_scales)
+    form = TrainingForm(training, recipe, plan, folding or FoldReport())
+    trained, frozen = _trained_values(graph, recipe, loss, form)
+
+    evaluation = training.clone()
+    form.begin()
+    parameters = _in_checkpoint(graph, trained, form)
     trainable = [value for value in parameters if value in trained]
     report = TrainingReport(
         loss=loss.name or "",
@@ -114,21 +142,30 @@ def write_training_artifacts(model: ir.Model, recipe: Recipe, folder: pathlib.Pa
         attached_to=attachment.attached_to,
         target=_target(attachment),
         inputs=_names(graph.inputs),
-        eval_outputs=_names(graph.outputs[1:]),
+        eval_outputs=_names(evaluation.graph.outputs[1:]),
         optimizer=recipe.optimizer,
         trainable=_names(trainable),
         frozen=frozen,
-        scales={s.scale.name or "": ScaleParameter(s.parameter.name or "") for s in trained_scales},
+        state=_names(value for value in parameters if value in form.states.values),
+        step_counter=form.step_counter.name or "",
+        scale_parameters={one.scale.name or "": one.parameter.name or "" for one in form.learned},
+        zero_point_parameters={
+            one.quantizer.zero_point_name: one.offset.name or ""
+            for one in form.learned
+            if one.offset is not None
+        },
+        range_states={one.quantizer.name: _names(one.states) for one in form.tracked},
+        statistics=form.statistics,
         warnings=attachment.warnings,
     )
 
-    _write_eval_model(training, _names(parameters), folder / bundles.EVAL_MODEL)
+    _write_eval_model(evaluation, parameters, folder / bundles.EVAL_MODEL)
     write_checkpoint(
         trainable, [value for value in parameters if value not in trained], folder / bundles.CHECKPOINT
     )
     # In the training model these are inner values.
     rename([output for output in graph.outputs if is_reserved(output.name or "")], FreeNames(training))
-    _add_gradients(training, loss, trainable, _names(parameters))
+    _add_gradients(training, loss, trainable, form, _names(parameters))
     _write(training, folder / bundles.TRAINING_MODEL)
     stamp(folder / bundles.CHECKPOINT, identity_of(folder / bundles.TRAINING_MODEL))
     optimizer = optimizer_model(
@@ -164,18 +201,21 @@ def _remove_on_grid(graph: ir.Graph) -> None:
 
 
 def _trained_values(
-    graph: ir.Graph, recipe: Recipe, loss: ir.Value
-) -> tuple[list[ir.Value], list[ir.Value], dict[str, str]]:
-    """The weights and the scales to train, and every other float parameter with the reason."""
-    choice = choose_parameters(graph, recipe.frozen)
+    graph: ir.Graph, recipe: Recipe, loss: ir.Value, form: TrainingForm
+) -> tuple[set[ir.Value], dict[str, str]]:
+    """The parameters to train, and every other float parameter with the reason; learned ranges are made
+    so."""
+    known = form.batch_norm_parameters
+    choice = choose_parameters(graph, recipe.frozen, known=known, excluded=form.states.values)
     frozen = dict(choice.frozen)
     scales = []
-    for scale in quantizer_scales(graph) if recipe.ranges == "learned" else ():
-        prefix = next((p for p in recipe.frozen if matches(scale.name or "", p)), None)
+    for quantizer in form.learnable:
+        name = quantizer.scale.name or ""
+        prefix = _frozen_by(name, recipe)
         if prefix is None:
-            scales.append(scale)
+            scales.append(quantizer.scale)
         else:
-            frozen[scale.name or ""] = f"frozen by the recipe ({prefix!r})"
+            frozen[name] = f"frozen by the recipe ({prefix!r})"
     if not choice.candidates and not scales and recipe.frozen:
         raise QatError(
             ErrorCode.NOTHING_TO_TRAIN,
@@ -185,20 +225,32 @@ def _trained_values(
     verdict = trainability(graph, loss, [*choice.candidates, *scales])
     frozen.update(verdict.frozen)
     names = set(verdict.trainable)
-    weights = [value for value in choice.candidates if value.name in names]
-    return weights, [scale for scale in scales if scale.name in names], frozen
+    trained = {value for value in choice.candidates if value.name in names}
+    for quantizer in form.learnable:
+        if quantizer.scale.name in names and quantizer.scale in scales:
+            zero_point = quantizer.zero_point.name or ""
+            fixed = _frozen_by(zero_point, recipe)
+            if fixed is not None:
+                frozen[zero_point] = f"frozen by the recipe ({fixed!r})"
+            trained.update(form.learn(quantizer, fixed_zero_point=fixed is not None).parameters)
+    return trained, frozen
 
 
-def _in_checkpoint(
-    graph: ir.Graph, trained: Collection[ir.Value], trained_scales: Sequence[TrainedScale]
-) -> list[ir.Value]:
-    """The initializers that move to the checkpoint, in graph order: what is trained, and of the rest what is
-    too large to be in both models. Scales that are not trained stay constants of their Q/DQ pairs."""
-    constants = {*quantizer_scales(graph), *(scale.initial for scale in trained_scales)}
+def _frozen_by(name: str, recipe: Recipe) -> str | None:
+    return next((prefix for prefix in recipe.frozen if matches(name, prefix)), None)
+
+
+def _in_checkpoint(graph: ir.Graph, trained: Collection[ir.Value], form: TrainingForm) -> list[ir.Value]:
+    """The initializers that move to the checkpoint, in graph order: what is trained, the state, and of the
+    rest what is too large to be in both models. Scales that are not trained stay constants of their Q/DQ
+    pairs."""
+    constants = {*quantizer_scales(graph), *(c for learned in form.learned for c in learned.constants)}
+    states = set(form.states.values)
     return [
         value
         for value in graph.initializers.values()
         if value in trained
+        or value in states
         or (
             value.dtype == ir.DataType.FLOAT
             and value.const_value is not None
@@ -208,25 +260,38 @@ def _in_checkpoint(
     ]
 
 
-def _write_eval_model(training: ir.Model, parameters: Sequence[str], path: pathlib.Path) -> None:
-    evaluation = training.clone()
-    _move_to_inputs(evaluation.graph, parameters)
+def _write_eval_model(evaluation: ir.Model, parameters: Sequence[ir.Value], path: pathlib.Path) -> None:
+    """Its parameters are fed by position: those that it does not read are inputs too."""
+    graph = evaluation.graph
+    RemoveUnusedNodesPass()(evaluation)
+    for parameter in parameters:
+        value = graph.initializers.pop(parameter.name or "", None)
+        if value is None:
+            value = ir.Value(name=parameter.name, shape=parameter.shape, type=parameter.type)
+        value.const_value = None
+        graph.inputs.append(value)
     _write(evaluation, path)
 
 
 def _add_gradients(
-    training: ir.Model, loss: ir.Value, trainable: Sequence[ir.Value], parameters: Sequence[str]
+    training: ir.Model,
+    loss: ir.Value,
+    trainable: Sequence[ir.Value],
+    form: TrainingForm,
+    parameters: Sequence[str],
 ) -> None:
-    """Turn the forward model into the training model: gradients, their accumulation, parameters as inputs."""
+    """Turn the forward model into the training model: gradients, their accumulation, the updates of the
+    state, parameters as inputs."""
     graph = training.graph
     gradients = differentiate(graph, loss, trainable)
+    lower_channel_operators(graph)
     graph.opset_imports.setdefault(MICROSOFT, 1)
     _move_to_inputs(graph, parameters)
-    graph.outputs[:] = [loss, *(gradients[value] for value in trainable)]
+    graph.outputs[:] = [loss, *(gradients[value] for value in trainable), *form.states.updated]
     RemoveUnusedNodesPass()(training)
 
     names = FreeNames(training)
-    reset = ir.Value(name=layout.RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    reset = form.reset
     graph.outputs[:] = [loss]
     for value in trainable:
         gradient = gradients[value]
@@ -253,6 +318,7 @@ def _add_gradients(
             )
         )
     graph.inputs.append(reset)
+    form.states.write_updates()
 
 
 def _move_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:

@@ -13,4 +13,7 @@ ACCUMULATED: Final = "_grad.accumulation.out"
 # Input of the training model: whether a step begins a new accumulation.
 RESET: Final = "lazy_reset_grad"
 
+# State of the training graph: the number of steps so far.
+STEP_COUNTER: Final = "quantization_step"
+
 NEWEST_IR_VERSION: Final = 10

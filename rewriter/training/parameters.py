@@ -9,7 +9,7 @@ Whether a candidate can be trained is the gradients' question (`rewriter.gradien
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -27,10 +27,18 @@ class ParameterChoice:
     frozen: dict[str, str]
 
 
-def choose_parameters(graph: ir.Graph, frozen_prefixes: Sequence[str]) -> ParameterChoice:
+def choose_parameters(
+    graph: ir.Graph,
+    frozen_prefixes: Sequence[str],
+    *,
+    known: Collection[ir.Value] = (),
+    excluded: Collection[ir.Value] = (),
+) -> ParameterChoice:
     """Candidates for training among the initializers of `graph`; scales of quantizers are not among them.
 
     Args:
+        known: initializers that are parameters whatever reads them.
+        excluded: initializers that are none, and need no reason: state, what ranges are computed of.
         frozen_prefixes: names of parameters, or prefixes that end at a "/" or "." of the name, that are
             not to be trained.
 
@@ -38,11 +46,18 @@ def choose_parameters(graph: ir.Graph, frozen_prefixes: Sequence[str]) -> Parame
         QatError: `recipe_scope_unmatched` for a prefix that no float initializer has.
     """
     scales = {scale.name for scale in quantizer_scales(graph)}
-    floats = [v for v in graph.initializers.values() if v.dtype in _FLOATS and v.name not in scales]
-    _require_matches(frozen_prefixes, [v.name or "" for v in floats] + [name or "" for name in scales])
+    floats = [
+        v
+        for v in graph.initializers.values()
+        if v.dtype in _FLOATS and v.name not in scales and v not in excluded
+    ]
+    zero_points = [name for name in graph.initializers if name.endswith("_zero_point")]
+    _require_matches(
+        frozen_prefixes, [v.name or "" for v in floats] + [name or "" for name in scales] + zero_points
+    )
     candidates, frozen = [], {}
     for value in floats:
-        reason = _reason_not_to_train(value, graph, frozen_prefixes)
+        reason = _reason_not_to_train(value, graph, frozen_prefixes, is_known=value in known)
         if reason is None:
             candidates.append(value)
         elif _elements(value) > 1:  # the scalars of a formula are no news
@@ -109,13 +124,15 @@ _ROLES: Final[Mapping[str, Mapping[int, _Condition | None]]] = {
 }
 
 
-def _reason_not_to_train(value: ir.Value, graph: ir.Graph, frozen_prefixes: Sequence[str]) -> str | None:
+def _reason_not_to_train(
+    value: ir.Value, graph: ir.Graph, frozen_prefixes: Sequence[str], *, is_known: bool
+) -> str | None:
     name = value.name or ""
     prefix = next((p for p in frozen_prefixes if matches(name, p)), None)
     if prefix is not None:
         return f"frozen by the recipe ({prefix!r})"
     uses = list(_readers(value))
-    if not any(_is_parameter(value, node, index) for node, index in uses):
+    if not is_known and not any(_is_parameter(value, node, index) for node, index in uses):
         if not uses:
             return "no operator reads it"
         node, index = uses[0]

@@ -1,0 +1,372 @@
+"""Batch normalization in the training graph, folded into the layer before it or on its own.
+
+Folded (Jacob et al. 2018; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2; tf.contrib.quantize), with
+the running statistics m, v as they were before the step, sigma = sqrt(v + epsilon), FQ the weight's
+quantizer and layer() without a bias:
+
+    z = layer(x, FQ(W * gamma / sigma))
+    before the freeze    y = a z + beta - a mean        a = sigma / sigma_B
+    after the freeze     y = z + FQ(beta - gamma m / sigma), the bias of inference
+
+sigma_B and mean come from the statistics of the batch, and gradients flow through these. What they are taken
+of is the recipe's choice (`fold_statistics`):
+
+    float_layer       u = layer(x, W), as tf.contrib.quantize does it, at the price of a second layer:
+                      sigma_B^2 = var(u) + epsilon, a mean = gamma mean(u) / sigma_B
+    quantized_layer   z itself, whose channels are k = gamma / sigma times those of u but for the rounding:
+                      sigma_B^2 = var(z) / k^2 + epsilon, mean = mean(z)
+
+With nothing quantized both are ordinary batch normalization before the freeze, and inference batch
+normalization after it. Where k is 0, z says nothing of u, and the running statistics stand in.
+
+    m = momentum m + (1 - momentum) mean(u)        v likewise, until the freeze
+
+v takes the variance of the population, as ONNX's BatchNormalization has it; for target tf_contrib it takes
+n / (n - 1) times that, as TensorFlow's fused kernel.
+
+A batch norm that stays one is y = a x + b with a = gamma / sqrt(v + epsilon), b = beta - a m, of the
+statistics of the batch before and the running ones after the freeze.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.channel_operators import AFFINE, STATISTICS
+from rewriter.fake_quantize import DOMAIN
+from rewriter.fold.batch_norm import Folded, Trained, TrainingFold
+from rewriter.initializers import add_initializer
+from rewriter.names import FreeNames
+from rewriter.operators import traits_of
+from rewriter.recipe import FoldStatistics
+from rewriter.training.emitter import Emitter
+from rewriter.training.state import Gates, States
+
+_SMALLEST_FACTOR: Final = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormValues:
+    """Values of one batch norm in a graph, shape [channels].
+
+    Attributes:
+        deviation: sqrt(running variance + epsilon).
+        factor: gamma / deviation.
+    """
+
+    gamma: ir.Value
+    beta: ir.Value
+    mean: ir.Value
+    variance: ir.Value
+    deviation: ir.Value
+    factor: ir.Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfolded:
+    """A folded layer whose weight and bias a graph computes from what they were folded of.
+
+    Attributes:
+        original: W.
+        weight, bias: computed; named like the initializers that they replace.
+    """
+
+    folded: Folded
+    fold: TrainingFold
+    values: BatchNormValues
+    original: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+
+
+def unfold(graph: ir.Graph, folded: Sequence[Folded], emit: Emitter, states: States) -> list[Unfolded]:
+    """Compute the weights and biases of the layers that were folded for training, at `emit`, as inference
+    does.
+
+    W, gamma and beta become initializers, to be trained; the running statistics states.
+    """
+    unfolding = _Unfolding(graph, emit, states)
+    return [unfolding.unfold(one, one.training) for one in folded if one.training is not None]
+
+
+class _Unfolding:
+    def __init__(self, graph: ir.Graph, emit: Emitter, states: States) -> None:
+        self._graph = graph
+        self._emit = emit
+        self._states = states
+        # What layers share: batch norms of the same tensors, weights.
+        self._values: dict[tuple[object, ...], BatchNormValues] = {}
+        self._weights: dict[str, ir.Value] = {}
+
+    def unfold(self, folded: Folded, fold: TrainingFold) -> Unfolded:
+        values = self._batch_norm(fold)
+        original = self._initializer(fold.original.name or "", fold.original)
+        if fold.weight not in self._weights:
+            self._weights[fold.weight] = self._weight(fold, original, values.factor)
+        bias = self._bias(fold, values)
+        return Unfolded(folded, fold, values, original, self._weights[fold.weight], bias)
+
+    def _batch_norm(self, fold: TrainingFold) -> BatchNormValues:
+        names = fold.tensors
+        key = (names, fold.epsilon)
+        if key not in self._values:
+            gamma, beta, mean, variance = (
+                self._initializer(name, ir.tensor(value, name=name))
+                for name, value in zip(dataclasses.astuple(names), fold.values, strict=True)
+            )
+            self._states.adopt(mean)
+            self._states.adopt(variance)
+            emit, shape = self._emit.at(fold.weight), gamma.shape
+            shifted = emit.op("Add", variance, emit.constant(fold.epsilon), shape=shape)
+            deviation = emit.op("Sqrt", shifted, shape=shape)
+            factor = emit.op("Div", gamma, deviation, shape=shape)
+            self._values[key] = BatchNormValues(gamma, beta, mean, variance, deviation, factor)
+        return self._values[key]
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        found = self._graph.initializers.get(name)
+        return add_initializer(self._graph, name, tensor) if found is None else found
+
+    def _weight(self, fold: TrainingFold, original: ir.Value, factor: ir.Value) -> ir.Value:
+        emit = self._emit.at(fold.weight)
+        replaced = self._graph.initializers.pop(fold.weight)
+        replaced.const_value, replaced.name = None, None
+        along = _factor_along_weight(emit, fold, original, factor)
+        weight = emit.op("Mul", original, along, shape=original.shape, name=fold.weight)
+        replaced.replace_all_uses_with(weight)
+        return weight
+
+    def _bias(self, fold: TrainingFold, values: BatchNormValues) -> ir.Value:
+        """beta - factor * mean, in the shape of the initializer that it replaces."""
+        emit = self._emit.at(fold.bias)
+        replaced = self._graph.initializers.pop(fold.bias)
+        shape = replaced.shape
+        replaced.const_value, replaced.name = None, None
+        shift = emit.op("Mul", values.mean, values.factor, shape=values.beta.shape)
+        is_vector = shape is not None and len(shape) == 1
+        bias = emit.op(
+            "Sub", values.beta, shift, shape=values.beta.shape, name=fold.bias if is_vector else None
+        )
+        if not is_vector:
+            bias = emit.op(
+                "Reshape",
+                bias,
+                emit.constant([] if shape is None else shape.numpy(), np.int64),
+                shape=shape,
+                name=fold.bias,
+            )
+        replaced.replace_all_uses_with(bias)
+        return bias
+
+
+def _factor_along_weight(emit: Emitter, fold: TrainingFold, original: ir.Value, factor: ir.Value) -> ir.Value:
+    """The factor in a shape that broadcasts along the output channels of the weight."""
+    assert original.shape is not None
+    weight_shape = original.shape.numpy()
+    if fold.group > 1:
+        # A grouped ConvTranspose: [C_in, C_out / group, ...]; group g of C_in makes group g of C_out.
+        c_in, per_group = weight_shape[:2]
+        by_group = [fold.group, 1, per_group]
+        expanded = [fold.group, c_in // fold.group, per_group]
+        factor = emit.op("Reshape", factor, emit.constant(by_group, np.int64), shape=by_group)
+        factor = emit.op("Expand", factor, emit.constant(expanded, np.int64), shape=expanded)
+        target = [c_in, per_group, *[1] * (len(weight_shape) - 2)]
+    else:
+        assert fold.channel_axis is not None
+        target = [1] * len(weight_shape)
+        target[fold.channel_axis] = weight_shape[fold.channel_axis]
+    return emit.op("Reshape", factor, emit.constant(target, np.int64), shape=target)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormTraining:
+    """How batch norms behave in training.
+
+    Attributes:
+        statistics: of which layer's result.
+        bessel_correction: whether the running variance takes n / (n - 1) times the batch's variance.
+    """
+
+    statistics: FoldStatistics
+    bessel_correction: bool
+
+
+class TrainingBatchNorms:
+    """Turns the inference form of batch norms in a graph into their training form."""
+
+    def __init__(
+        self, graph: ir.Graph, names: FreeNames, states: States, gates: Gates, training: BatchNormTraining
+    ) -> None:
+        self._graph = graph
+        self._names = names
+        self._states = states
+        self._gates = gates
+        self._training = training
+        self._nodes: Mapping[str, ir.Node] = {node.name or "": node for node in graph}
+
+    def normalize_layer(self, unfolded: Unfolded) -> None:
+        """The layer's result is normalized with the statistics of the batch until the freeze."""
+        fold, values = unfolded.fold, unfolded.values
+        if _is_frozen_at_once(fold.freeze_bn_delay):
+            return
+        layer = self._nodes[unfolded.folded.layer]
+        z, shape = layer.outputs[0], values.gamma.shape
+        adder = layer if fold.add is None else self._nodes[fold.add]
+        readers = _Readers.of(adder.outputs[0])
+        bias = _take_bias(layer, unfolded.bias) if fold.add is None else unfolded.bias
+        emit = Emitter(self._graph, self._names, unfolded.folded.batch_norm, layer)
+        epsilon = emit.constant(fold.epsilon)
+        if self._training.statistics == "float_layer":
+            u = _float_layer(emit, layer, fold.weight_index, unfolded.original)
+            mean, variance = _statistics(emit, u, shape)
+            deviation = emit.op("Sqrt", emit.op("Add", variance, epsilon, shape=shape), shape=shape)
+            a = emit.op("Div", values.deviation, deviation, shape=shape)
+            normalized = emit.op("Div", mean, deviation, shape=shape)
+            scaled_mean = emit.op("Mul", values.gamma, normalized, shape=shape)
+        else:
+            z_mean, z_variance = _statistics(emit, z, shape)
+            mean, variance = _of_float_layer(emit, values, z_mean, z_variance)
+            deviation = emit.op("Sqrt", emit.op("Add", variance, epsilon, shape=shape), shape=shape)
+            a = emit.op("Div", values.deviation, deviation, shape=shape)
+            scaled_mean = emit.op("Mul", a, z_mean, shape=shape)
+        b = emit.op("Sub", values.beta, scaled_mean, shape=shape)
+        frozen = self._frozen(fold.freeze_bn_delay)
+        if frozen is not None:
+            if bias.shape != shape:
+                bias = emit.op("Reshape", bias, emit.constant([-1], np.int64), shape=shape)
+            a = emit.op("Where", frozen, emit.constant(1.0), a, shape=shape)
+            b = emit.op("Where", frozen, bias, b, shape=shape)
+        readers.read(emit.op(AFFINE, z, a, b, shape=z.shape, domain=DOMAIN), self._names)
+        self._update(emit, values, z, mean, variance, fold.momentum, frozen)
+
+    def normalize(self, trained: Trained) -> None:
+        """A batch norm of its own."""
+        if _is_frozen_at_once(trained.freeze_bn_delay):
+            return
+        node = self._nodes[trained.node]
+        x, gamma, beta, running_mean, running_variance = _present(node)
+        readers, shape = _Readers.of(node.outputs[0]), gamma.shape
+        emit = Emitter(self._graph, self._names, trained.node, node)
+        batch_mean, batch_variance = _statistics(emit, x, shape)
+        mean, variance, frozen = batch_mean, batch_variance, self._frozen(trained.freeze_bn_delay)
+        if frozen is not None:
+            mean = emit.op("Where", frozen, running_mean, mean, shape=shape)
+            variance = emit.op("Where", frozen, running_variance, variance, shape=shape)
+        epsilon = emit.constant(node.attributes.get_float("epsilon", 1e-5))
+        deviation = emit.op("Sqrt", emit.op("Add", variance, epsilon, shape=shape), shape=shape)
+        a = emit.op("Div", gamma, deviation, shape=shape)
+        b = emit.op("Sub", beta, emit.op("Mul", a, mean, shape=shape), shape=shape)
+        readers.read(emit.op(AFFINE, x, a, b, shape=x.shape, domain=DOMAIN), self._names)
+        momentum = node.attributes.get_float("momentum", 0.9)
+        values = BatchNormValues(gamma, beta, running_mean, running_variance, deviation, a)
+        self._update(emit, values, x, batch_mean, batch_variance, momentum, frozen)
+        self._graph.remove(node, safe=True)
+
+    def _frozen(self, delay: int | None) -> ir.Value | None:
+        return None if delay is None else self._gates.at(delay)
+
+    def _update(
+        self,
+        emit: Emitter,
+        values: BatchNormValues,
+        x: ir.Value,
+        mean: ir.Value,
+        variance: ir.Value,
+        momentum: float,
+        frozen: ir.Value | None,
+    ) -> None:
+        shape = values.mean.shape
+        if self._training.bessel_correction:
+            variance = _unbiased(emit, x, variance)
+        for state, batch in ((values.mean, mean), (values.variance, variance)):
+            old = self._states.current(state)
+            kept = emit.op("Mul", old, emit.constant(momentum), shape=shape)
+            added = emit.op("Mul", batch, emit.constant(1 - momentum), shape=shape)
+            new = emit.op("Add", kept, added, shape=shape)
+            if frozen is not None:
+                new = emit.op("Where", frozen, old, new, shape=shape)
+            self._states.update(state, new)
+
+
+def _is_frozen_at_once(delay: int | None) -> bool:
+    return delay is not None and delay <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Readers:
+    """Who reads a value now; another value can take its place for them."""
+
+    value: ir.Value
+    uses: tuple[tuple[ir.Node, int], ...]
+
+    @classmethod
+    def of(cls, value: ir.Value) -> _Readers:
+        return cls(value, tuple((use.node, use.idx) for use in value.uses()))
+
+    def read(self, other: ir.Value, names: FreeNames) -> None:
+        for node, index in self.uses:
+            node.replace_input_with(index, other)
+        graph = other.graph
+        assert graph is not None
+        for index, output in enumerate(graph.outputs):
+            if output is self.value:
+                graph.outputs[index] = other
+                other.name, self.value.name = self.value.name, names.take(f"{self.value.name}_unnormalized")
+
+
+def _take_bias(layer: ir.Node, unfolded_bias: ir.Value) -> ir.Value:
+    """The bias that the layer reads, rounded or not, which it then does without."""
+    traits = traits_of(layer)
+    assert traits is not None
+    assert traits.bias is not None
+    bias = layer.inputs[traits.bias]
+    layer.resize_inputs(traits.bias)
+    return unfolded_bias if bias is None else bias
+
+
+def _float_layer(emit: Emitter, layer: ir.Node, weight_index: int, weight: ir.Value) -> ir.Value:
+    """The layer once more, with W as it is."""
+    inputs = _present(layer)
+    inputs[weight_index] = weight
+    attributes: dict[str, Any] = {attribute.name: attribute for attribute in layer.attributes.values()}
+    return emit.op(layer.op_type, *inputs, shape=layer.outputs[0].shape, **attributes)
+
+
+def _statistics(emit: Emitter, x: ir.Value, shape: ir.Shape | None) -> tuple[ir.Value, ir.Value]:
+    mean, variance = emit.ops(STATISTICS, x, shapes=(shape, shape), domain=DOMAIN)
+    return mean, variance
+
+
+def _of_float_layer(
+    emit: Emitter, values: BatchNormValues, z_mean: ir.Value, z_variance: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Mean and variance of u = z / k."""
+    shape, k = values.factor.shape, values.factor
+    size, smallest = emit.op("Abs", k, shape=shape), emit.constant(_SMALLEST_FACTOR)
+    known = emit.op("Greater", size, smallest, shape=shape, dtype=ir.DataType.BOOL)
+    k = emit.op("Where", known, k, emit.constant(1.0), shape=shape)
+    mean = emit.op("Div", z_mean, k, shape=shape)
+    variance = emit.op("Div", emit.op("Div", z_variance, k, shape=shape), k, shape=shape)
+    return (
+        emit.op("Where", known, mean, values.mean, shape=shape),
+        emit.op("Where", known, variance, values.variance, shape=shape),
+    )
+
+
+def _unbiased(emit: Emitter, x: ir.Value, variance: ir.Value) -> ir.Value:
+    """n / (n - 1) times the variance, n elements a channel; one element has none."""
+    size, channels = (emit.op("Size", value, shape=[], dtype=ir.DataType.INT64) for value in (x, variance))
+    count = emit.op("Div", size, channels, shape=[], dtype=ir.DataType.INT64)
+    n = emit.op("Cast", count, shape=[], to=ir.DataType.FLOAT.value)
+    one = emit.constant(1.0)
+    others = emit.op("Max", emit.op("Sub", n, one, shape=[]), one, shape=[])
+    return emit.op("Mul", variance, emit.op("Div", n, others, shape=[]), shape=variance.shape)
+
+
+def _present(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
