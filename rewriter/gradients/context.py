@@ -22,6 +22,10 @@ def dims_of(value: ir.Value) -> Dimensions | None:
     return None if value.shape is None else tuple(value.shape.dims)
 
 
+def _is_named(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is not None
+
+
 def rank_of(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else value.shape.rank()
 
@@ -42,6 +46,8 @@ class Builder:
         self._graph = graph
         self.names = FreeNames(graph)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        # Products of sizes that only a run knows, by the symbols of the dimensions.
+        self.counts: dict[tuple[tuple[str, ...], ir.DataType | None], ir.Value] = {}
         graph.opset_imports.setdefault(MICROSOFT, 1)
 
     def node(
@@ -171,11 +177,18 @@ class Context:
         assert dims is not None
         chosen = [axis % len(dims) for axis in axes]
         known = math.prod(dim for axis in chosen if isinstance(dim := dims[axis], int))
-        sizes = [self.dimension(value, axis) for axis in chosen if not isinstance(dims[axis], int)]
-        if not sizes:
+        unknown = [axis for axis in chosen if not isinstance(dims[axis], int)]
+        if not unknown:
             return self.scalar(known, like)
-        shape = sizes[0] if len(sizes) == 1 else self.op("Concat", *sizes, axis=0)
-        return self.times(self.product(shape, like), known)
+        symbols = tuple(
+            str(dims[axis]) if _is_named(dims[axis]) else f"{value.name}:{axis}" for axis in unknown
+        )
+        counts = self._builder.counts
+        if (symbols, like.dtype) not in counts:
+            sizes = [self.dimension(value, axis) for axis in unknown]
+            shape = sizes[0] if len(sizes) == 1 else self.op("Concat", *sizes, axis=0)
+            counts[symbols, like.dtype] = self.product(shape, like)
+        return self.times(counts[symbols, like.dtype], known)
 
     def product(self, sizes: ir.Value, like: ir.Value) -> ir.Value:
         """The product of an int64 vector of sizes, as a scalar of `like`'s data type: a sum of ones.
