@@ -67,7 +67,6 @@ REAL = ("ppocr2-cls", "light-densenet121", "light-resnet50", "light-shufflenet",
 PENDING = {
     r"gradient/.*/Cast(_\d+)?_output": "gradients/pooling.py, global_average_pool: Size(x) / Size(dy)",
     r"gradient/.*/Reciprocal(_\d+)?_output": "gradients/quantizer.py, _gradient_scale, N not being known",
-    r".*batch_norm.*/Cast(_\d+)?_output": "training/batch_norm.py, _unbiased: Size(x) / Size(variance)",
 }
 
 # In CPU memory because a training loop feeds it there.
