@@ -21,7 +21,7 @@ from rewriter.gradients.registry import Gradients, rule
 @rule(STATISTICS, domain=DOMAIN, outputs=2)
 def channel_statistics(ctx: Context, dmean: ir.Value | None, dvariance: ir.Value | None) -> Gradients:
     x, mean = ctx.input(0), ctx.output(0)
-    count = ctx.as_float(ctx.div(ctx.op("Size", x), ctx.op("Size", mean)), x)
+    count = ctx.elements(x, all_but_channels(rank_of(x) or 0), x)
     zero = ctx.zeros_like(mean)
     slope = zero if dvariance is None else ctx.div(ctx.times(dvariance, 2.0), count)
     shift = ctx.sub(zero if dmean is None else ctx.div(dmean, count), ctx.mul(slope, mean))
