@@ -2,11 +2,11 @@
 
     exp      s = s0 * exp(p), as in our bundles
     linear   s = s0 + p, that is, the scale itself is trained; nothing keeps it from crossing 0
-    g        the gradient of the scale times LSQ's factor g = 1 / sqrt(N * qmax), as in our bundles; or not
+    g        the scale's gradient times LSQ's factor g = 1 / sqrt(N * qmax), as in our bundles; or not
 
-each with AdamW and with SGD. The other three are made of the bundle's own graphs: the node Exp that turns p into
-the scale's multiplier is replaced, and what arrives at the parameter's accumulator is multiplied by what dL/dp
-is more or less than it was. Everything else, zero points included, is as `rewriter.prepare` wrote it.
+each with AdamW and with SGD. The other three are made of the bundle's own graphs: the node Exp that turns p
+into the scale's multiplier is replaced, and what arrives at the parameter's accumulator is multiplied by what
+dL/dp is more or less than it was. Everything else, zero points included, is as `rewriter.prepare` wrote it.
 
 Loss: mean of the last quarter of the steps. Top-1: of the fake-quantized eval model. `crossed 0`: scales that
 are 0 or negative at the end. `moved`: median of |log(s / s0)| over all scales, in percent.

@@ -1,10 +1,10 @@
-"""One process of `benchmarks.fashion_mnist`: quantization-aware training in PyTorch; needs torch and NumPy only.
+"""One process of `benchmarks.fashion_mnist`: trains in PyTorch; needs torch and NumPy only.
 
 python -m benchmarks.fashion_torch FOLDER PIXELS
 
 The folder holds program.json and weights.npz (`benchmarks.fashion_torch_program` writes them) and
-schedule.json; PIXELS is an npz of train_pixels, train_labels, test_pixels and test_labels. Answers one line of
-JSON on standard output: the loss of each step, top-1 on the test images in percent, seconds of training.
+schedule.json; PIXELS is an npz of train_pixels, train_labels, test_pixels and test_labels. Answers one line
+of JSON on standard output: the loss of each step, top-1 on the test images in percent, seconds of training.
 
 Quantizers are PyTorch's own `_fake_quantize_learnable_*`, from our calibrated start: scale = initial scale *
 exp(p), with p and the zero point of activations trained. A convolution with batch norm is what torch.ao's

@@ -1,6 +1,7 @@
-"""The models that `benchmarks.fashion_mnist` compares: how each is made and evaluated, one function a kind.
+"""The models that `benchmarks.fashion_mnist` compares: how each is made and evaluated.
 
-Every function takes a `Run` and returns an `Outcome`; `float_model` writes the model that all others start from.
+One function a row: it takes a `Run` and returns an `Outcome`. What `float_model` writes, all others start
+from.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One model to make: `seed` of the initial weights and the order of the samples, `folder` of that seed."""
+    """One model to make.
+
+    `seed` is that of the initial weights and of the order of the samples, `folder` holds what is of that seed.
+    """
 
     settings: Settings
     seed: int

@@ -3,8 +3,8 @@
 python -m examples.fashion_mnist DIR    writes train.npz, test.npz and calibration.npz
 
 The files are taken, in this order, from the cache folder ($ONNX_QAT_CACHE), from the installed package
-`dataset-fashion-mnist`, and out of that package, which `apt-get download` fetches without root. The SHA-256 of
-what is in each file is pinned, wherever it comes from.
+`dataset-fashion-mnist`, and out of that package, which `apt-get download` fetches without root. The SHA-256
+of what is in each file is pinned, wherever it comes from.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def load_fashion_mnist() -> FashionMnist:
     Raises:
         FetchError: it is in none of the places, or is not what was pinned.
     """
-    content = {file: data for file, data in zip(FILES, _contents(), strict=True)}
+    content = dict(zip(FILES, _contents(), strict=True))
     return FashionMnist(
         Samples(parse_images(content[TRAIN_IMAGES]), parse_labels(content[TRAIN_LABELS])),
         Samples(parse_images(content[TEST_IMAGES]), parse_labels(content[TEST_LABELS])),

@@ -1,4 +1,4 @@
-"""benchmarks/fashion_mnist.py: every model from the same start, on the same batches; training pays at few bits."""
+"""benchmarks/fashion_mnist.py: the same start and batches for every model; training pays at few bits."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_torch_program_trains_every_batch_norm_and_no_folded_weight(small: R
 def step(
     small: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, bool], dict[str, np.ndarray]]:
-    """`step(form, factor)`: what one step of SGD with learning rate 1 subtracts from each scale's parameter."""
+    """`step(form, factor)`: what one step of SGD at rate 1 subtracts from each scale's parameter."""
 
     def run_step(form: str, factor: bool) -> dict[str, np.ndarray]:
         bundle = tmp_path_factory.mktemp("step") / "bundle"
