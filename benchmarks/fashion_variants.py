@@ -90,7 +90,7 @@ class Settings:
 class Run:
     """One model to make.
 
-    `seed` is that of the initial weights and of the order of the samples, `folder` holds what is of that seed.
+    `seed` is that of the initial weights and of the order of the samples, `folder` holds all of it.
     """
 
     settings: Settings
