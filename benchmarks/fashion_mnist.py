@@ -24,7 +24,8 @@ Every row starts from the same float model of its seed, which our own path train
 Accuracy is top-1 on the test images of the file that `finalize` wrote, in plain onnxruntime with its default
 optimizations; of the PyTorch rows that of the fake-quantized network in PyTorch. No model is chosen by it.
 
-Models are trained side by side, one thread each, as many as there are CPUs (--jobs).
+Models are trained side by side, one thread each, as many as there are CPUs (--jobs). CPU s: of the steps of
+one model, mean; that is what they take on a CPU of their own.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _others(methods: Sequence[str], bits: Sequence[int]) -> Iterator[tuple[str, 
 def _describe(outcome: Outcome) -> str:
     name = outcome.method if outcome.bits is None else f"{outcome.method}, {_column(outcome.bits)}"
     result = f"{outcome.top1:.2f} %" if outcome.error is None else f"failed: {outcome.error}"
-    return f"seed {outcome.seed}, {name}: {result} ({outcome.seconds:.0f} s of training)"
+    return f"seed {outcome.seed}, {name}: {result} ({outcome.seconds:.0f} CPU s of training)"
 
 
 # --- Reporting. ---
@@ -154,7 +155,7 @@ def _describe(outcome: Outcome) -> str:
 def report(outcomes: Sequence[Outcome], bits: Sequence[int]) -> str:
     """The table, the differences to float seed by seed, and what is expected of them."""
     present = [method for method in METHODS if any(o.method == method for o in outcomes)]
-    header = ("top-1, percent", *(_column(width) for width in bits), "s a model")
+    header = ("top-1, percent", *(_column(width) for width in bits), "CPU s")
     lines = [header]
     for method in present:
         columns: tuple[int | None, ...] = (None,) if method in ONE_MODEL else tuple(bits)
@@ -292,6 +293,7 @@ def main() -> int:
     except FetchError as error:
         print(error, file=sys.stderr)
         return 1
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         if arguments.parameterizations:
@@ -301,6 +303,7 @@ def main() -> int:
             return 0
         outcomes = measure(settings, seeds, bits, methods, arguments.jobs, arguments.torch_python, folder)
     print(report(outcomes, bits))
+    print(f"\n{time.perf_counter() - start:.0f} s in all, {arguments.jobs} models at a time")
     _write(arguments.json, settings, outcomes=[asdict(outcome) for outcome in outcomes])
     return 1 if any(outcome.error for outcome in outcomes) else 0
 

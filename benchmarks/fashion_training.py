@@ -24,7 +24,7 @@ _EVALUATION_BATCH: Final = 500
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did: the loss of each step, and the seconds of all."""
+    """What a training did: the loss of each step, and the CPU seconds of all."""
 
     losses: tuple[float, ...]
     seconds: float
@@ -44,13 +44,13 @@ class Session:
     def train(self, samples: Samples, schedule: Schedule) -> Training:
         self.module.train()
         losses = []
-        start = time.perf_counter()
+        start = time.process_time()
         for step, batch in enumerate(schedule.batches(samples.pixels, samples.labels)):
             losses.append(float(np.ravel(self.module(*batch))[0]))
             self._optimizer.set_learning_rate(schedule.rate(step))
             self._optimizer.step()
             self.module.lazy_reset_grad()
-        return Training(tuple(losses), time.perf_counter() - start)
+        return Training(tuple(losses), time.process_time() - start)
 
     def top1(self, samples: Samples) -> float:
         """Top-1 of the eval model, whose outputs are the loss and the scores, in percent."""

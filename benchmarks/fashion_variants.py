@@ -121,7 +121,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model of one seed: top-1 in percent; `seconds` and the loss of each step of its training."""
+    """One model of one seed: top-1 in percent; CPU seconds and the loss of each step of its training."""
 
     method: str
     bits: int | None
