@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from rewriter.calibration.npz import Batch
@@ -145,7 +147,8 @@ class Training:
         return result
 
     def _save(self, position: Position) -> None:
-        self._require_converged()  # nothing comes of going on from there
+        with _diverged():  # nothing comes of going on from there
+            require_usable(self.manifest, self._parameters())
         describe_run(self.session, self.run, position)
         self.session.save(self.state_file, optimizer_state=True)
 
@@ -166,19 +169,29 @@ class Training:
 
     def _require_converged(self) -> None:
         """The loss of a step says nothing of what this step makes of the parameters."""
-        manifest, parameters = self.manifest, {n: p.data for n, p in self.session.state.parameters}
-        try:
-            require_usable(manifest, parameters)
-            sources = {entry.scale: entry.scale_parameter or entry.scale for entry in manifest.quantizers}
+        sources = {entry.scale: entry.scale_parameter or entry.scale for entry in self.manifest.quantizers}
+        parameters = self._parameters()
+        with _diverged():
+            require_usable(self.manifest, parameters)
             scales = derived_values(self.model, parameters, sources)
             require_scales(scales, {name: sources[name] for name in scales})
-        except QatError as error:
-            raise QatError(
-                ErrorCode.TRAINING_DIVERGED,
-                f"After the last step the parameter {error.field!r} is not finite, or makes a scale that is "
-                "0 or not finite: use a smaller learning rate.",
-                field=error.field,
-            ) from error
+
+    def _parameters(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {name: parameter.data for name, parameter in self.session.state.parameters}
+
+
+@contextlib.contextmanager
+def _diverged() -> Iterator[None]:
+    """What is wrong with a parameter here, the training has made wrong."""
+    try:
+        yield
+    except QatError as error:
+        raise QatError(
+            ErrorCode.TRAINING_DIVERGED,
+            f"After the last step the parameter {error.field!r} is not finite, or makes a scale that is 0 or "
+            "not finite: use a smaller learning rate.",
+            field=error.field,
+        ) from error
 
 
 def _require_finite(loss: float, when: str) -> None:

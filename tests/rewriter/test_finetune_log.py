@@ -104,6 +104,18 @@ class TestPhases:
             ("evaluation", 30, "quantized"),
         ]
 
+    def test_batch_norms_are_frozen_from_their_delay_on(self, tmp_path: Path, data: Path) -> None:
+        recipe = Recipe(quant_delay=4, freeze_bn_delay=18)
+        bundle = make_bundle(tmp_path, nets.batch_norm_mlp(), recipe)
+        found = records(bundle, data, log_every=1)
+        phases = ["float"] * 3 + ["quantized"] * 14 + ["frozen"] * 13
+        assert [str(record.phase) for record in found] == phases
+        assert found[-1].phase.batch_norms == 1
+
+    def test_a_batch_norm_that_was_folded_once_does_not_count(self, tmp_path: Path, data: Path) -> None:
+        bundle = make_bundle(tmp_path, nets.batch_norm_mlp(), Recipe(batch_norm="fold_inference"))
+        assert {record.phase.batch_norms for record in records(bundle, data)} == {0}
+
     def test_the_counter_goes_on_in_a_run_that_starts_from_a_checkpoint(
         self, tmp_path: Path, data: Path
     ) -> None:
