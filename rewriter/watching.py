@@ -114,6 +114,8 @@ def interruptible() -> Iterator[Interruption]:
         yield interruption
         return
     former = {number: signal.getsignal(number) for number in _STOPPING}
+    # A shell has a job in the background ignore SIGINT: it is meant for another one.
+    former = {number: handler for number, handler in former.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in former.items():
@@ -123,7 +125,7 @@ def interruptible() -> Iterator[Interruption]:
         interruption.signal = number
         restore()
 
-    for number in _STOPPING:
+    for number in former:
         signal.signal(number, note)
     try:
         yield interruption

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,13 +57,14 @@ def stop_after(steps: int) -> Callable[[], bool]:
 
 
 def new_process(*arguments: object) -> subprocess.Popen[str]:
-    """Python with these arguments."""
+    """Python with these arguments; SIGINT ends it, even where the tests run in the background."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **THIS_CHECKOUT},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
