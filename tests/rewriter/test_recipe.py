@@ -94,7 +94,7 @@ def test_delays_end_where_the_float32_counter_counts_exactly():
 
 def test_an_override_may_not_freeze_before_it_quantizes():
     override = {"match": "head", "quant_delay": 10}
-    with pytest.raises(QatError, match="overrides.0") as caught:
+    with pytest.raises(QatError, match=r"overrides\.0") as caught:
         Recipe.parse({"freeze_bn_delay": 5, "overrides": [override]})
     assert caught.value.field == "freeze_bn_delay"
 
