@@ -1,6 +1,6 @@
 """The nodes that stand for quantizers in the graph between insertion and lowering.
 
-    y = FakeQuantize(x, scale, zero_point, gate?) {qmin, qmax, axis?, on_grid, margin}
+    y = FakeQuantize(x, scale, zero_point, gate?) {qmin, qmax, axis?, on_grid, tracked?}
     y = FakeQuantizeBias(bias, x_scale, weight_scale, gate?)     = round(bias / (s_x * s_w)) * (s_x * s_w)
     y = StraightThroughRound(x)                                  = round_half_even(x)
 
@@ -27,17 +27,18 @@ OP_TYPE: Final = "FakeQuantize"
 BIAS_OP_TYPE: Final = "FakeQuantizeBias"
 ROUND_OP_TYPE: Final = "StraightThroughRound"
 
-# How far outside of what the integers represent gradients still pass, in steps: up to what rounds into the
-# range (LSQ), or not at all (tf.contrib.quantize clips).
-ROUNDS_INTO_RANGE: Final = 0.5
-CLIPS_AT_RANGE: Final = 0.0
-
 _GATE: Final = 3  # input of both quantizer nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeQuantize:
-    """A FakeQuantize node, read."""
+    """A FakeQuantize node, read.
+
+    Attributes:
+        tracked: the range follows the tensor, as in tf.contrib.quantize: it has no gradient, and that of x
+            is clipped at the ends of what the integers represent. Otherwise it passes up to what rounds into
+            the range (LSQ).
+    """
 
     node: ir.Node
     x: ir.Value
@@ -47,7 +48,16 @@ class FakeQuantize:
     range: IntegerRange
     axis: int | None
     on_grid: bool
-    margin: float
+    tracked: bool
+
+    @property
+    def margin(self) -> float:
+        """How far outside of what the integers represent gradients still pass, in steps.
+
+        Of a tracked range it is the rounding of its ends in float32: the largest element of a tensor lies on
+        the end of its own range.
+        """
+        return (self.range.qmax - self.range.qmin) * 2.0**-20 if self.tracked else 0.5
 
     @property
     def output(self) -> ir.Value:
@@ -95,7 +105,7 @@ def read(node: ir.Node) -> FakeQuantize:
         range=IntegerRange(node.attributes["qmin"].as_int(), node.attributes["qmax"].as_int()),
         axis=None if axis is None else axis.as_int(),
         on_grid=bool(node.attributes["on_grid"].as_int()),
-        margin=node.attributes.get_float("margin", ROUNDS_INTO_RANGE),
+        tracked=bool(node.attributes.get_int("tracked", 0)),
     )
 
 
@@ -106,9 +116,9 @@ def set_gate(node: ir.Node, gate: ir.Value) -> None:
     node.replace_input_with(_GATE, gate)
 
 
-def set_margin(node: ir.Node, margin: float) -> None:
-    """How many steps outside of its range the gradient of a FakeQuantize node still passes."""
-    node.attributes["margin"] = ir.AttrFloat32("margin", margin)
+def set_tracked(node: ir.Node) -> None:
+    """Say that the range of a FakeQuantize node is tracked; see `FakeQuantize.tracked`."""
+    node.attributes["tracked"] = ir.AttrInt64("tracked", 1)
 
 
 def _gate(node: ir.Node) -> ir.Value | None:

@@ -10,8 +10,8 @@ N is the number of elements that share a scale: of a weight all of them, of an a
 its first axis being the batch.
 
 In range means (qmin - m - z) s <= x <= (qmax + m - z) s: no division. With the margin m = 1/2 that is exact
-for all but the ties; m = 0 is the clipping of tf.contrib.quantize. Where a gate is false everything is in
-range, and y = x makes ds and dz zero.
+for all but the ties; m = 0 (nearly, see `FakeQuantize.margin`) is the clipping of
+tf.contrib.quantize. Where a gate is false everything is in range, and y = x makes ds and dz zero.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from rewriter.gradients.registry import Gradients, rule
 from rewriter.initializers import constant_array
 
 
-def _on_grid(node: ir.Node) -> tuple[int, ...]:
-    """Quantizing what is on the grid already changes nothing, whatever the scale."""
-    return (1, 2) if fake_quantize.read(node).on_grid else ()
+def _has_no_range_gradient(node: ir.Node) -> tuple[int, ...]:
+    """Quantizing what is on the grid already changes nothing, whatever the scale; a range that is tracked is
+    not trained."""
+    quantizer = fake_quantize.read(node)
+    return (1, 2) if quantizer.on_grid or quantizer.tracked else ()
 
 
 def _unknown_rank(node: ir.Node) -> str | None:
@@ -44,7 +46,7 @@ def _unknown_rank(node: ir.Node) -> str | None:
     fake_quantize.OP_TYPE,
     domain=fake_quantize.DOMAIN,
     inputs=(0, 1, 2),
-    stops=_on_grid,
+    stops=_has_no_range_gradient,
     obstacle=_unknown_rank,
 )
 def fake_quantize_gradient(ctx: Context, dy: ir.Value) -> Gradients:

@@ -73,7 +73,7 @@ def read_range(graph: ir.Graph, quantizer: GraphQuantizer, emit: Emitter, states
     tracked = TrackedRange(quantizer, low, high)
     _compute_parameters(graph, tracked, emit)
     for one in quantizer.nodes:
-        fake_quantize.set_margin(one.node, fake_quantize.CLIPS_AT_RANGE)
+        fake_quantize.set_tracked(one.node)
     return tracked
 
 

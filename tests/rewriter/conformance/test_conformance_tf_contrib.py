@@ -1,7 +1,7 @@
 """Our training graphs, run by onnxruntime-training, give the numbers that tf.contrib.quantize gave.
 
-The cases are those of a file (`--conformance FILE`, default: the one beside this module, written by TensorFlow
-1.15.5). Every number must agree to a relative 1e-4, but for the allowances below; each says why.
+The cases are those of a file (`--conformance FILE`, default: the one beside this module, written by
+TensorFlow 1.15.5). Every number must agree to a relative 1e-4, but for the allowances below; each says why.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from rewriter import fake_quantize
 from rewriter.calibration import calibrate
 from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.gradients import differentiate
-from rewriter.initializers import add_initializer
 from rewriter.insertion import insert
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
@@ -93,13 +92,13 @@ def integer_range(bits: int, *, narrow: bool, symmetric: bool = False) -> Intege
 def test_fake_quantization(fake_quant: Case) -> None:
     """The quantizer of a range (low, high) in the graph, forward and backward.
 
-    TensorFlow gives the range gradients gmin and gmax, which its rewriter never used. Ours are of scale and
-    zero point: dz / (g s) = -(gmin + gmax), and what of ds comes from outside of the range is
-    g (gmin (qmin - z) + gmax (qmax - z)).
+    TensorFlow gives the range gradients gmin and gmax, which its rewriter never used. Ours, of a range that
+    is learned, are of scale and zero point: dz / (g s) = -(gmin + gmax), and what of ds comes from outside
+    of the range is g (gmin (qmin - z) + gmax (qmax - z)).
     """
     range_ = integer_range(fake_quant["bits"], narrow=fake_quant["narrow"])
     x, gy = (np.array(fake_quant[key], np.float32).reshape(1, -1) for key in ("x", "gy"))
-    low, high = np.float32(fake_quant["min"]), np.float32(fake_quant["max"])
+    low, high = (np.array(fake_quant[key], np.float32) for key in ("min", "max"))
     y, dx, ds, dz, s, z = _fake_quantize(x, gy, low, high, range_)
     expected, expected_dx = (np.array(fake_quant[key], np.float32).reshape(1, -1) for key in ("y", "gx"))
 
@@ -121,12 +120,14 @@ def test_fake_quantization(fake_quant: Case) -> None:
     edge = np.minimum(np.abs(x - nmin), np.abs(x - nmax)) < 1e-5 * max(abs(nmin), abs(nmax))
     np.testing.assert_array_equal(dx[~edge], expected_dx[~edge])
 
-    gmin, gmax = fake_quant["gmin"], fake_quant["gmax"]
+    # To a learned range belongs what rounds into it, half a step more than what TensorFlow clips at.
+    inside = (x >= nmin - s / 2) & (x <= nmax + s / 2)
+    gmin = fake_quant["gmin"] - gy[inside & (x < nmin)].sum()
+    gmax = fake_quant["gmax"] - gy[inside & (x > nmax)].sum()
     g = 1 / np.sqrt(x.size * range_.qmax)
     size = np.abs(gy).sum()
     if not edge.any():
         np.testing.assert_allclose(-dz / (g * s), gmin + gmax, rtol=RELATIVE, atol=ABSOLUTE * size)
-        inside = (x >= nmin) & (x <= nmax)
         rounding = (gy * (y.astype(np.float64) - x) / s)[inside].sum()
         ends = gmin * (range_.qmin - z) + gmax * (range_.qmax - z)
         np.testing.assert_allclose(
@@ -138,27 +139,36 @@ def _fake_quantize(
     x: np.ndarray, gy: np.ndarray, low: np.ndarray, high: np.ndarray, range_: IntegerRange
 ) -> list[np.ndarray]:
     """y, dx, ds, dz, s and z, of a loss sum(gy y)."""
-    graph = ir.Graph(
-        [ir.val("x", ir.DataType.FLOAT, x.shape)], [], nodes=[], opset_imports={"": 18}, name="quantizer"
-    )
+    inputs = [
+        ir.val(name, ir.DataType.FLOAT, shape) for name, shape in (("x", x.shape), ("low", ()), ("high", ()))
+    ]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}, name="quantizer")
     model = ir.Model(graph, ir_version=9)
     names = FreeNames(model)
-    ends = [add_initializer(graph, name, np.asarray(end)) for name, end in (("low", low), ("high", high))]
     emit = Emitter(graph, names, "q")
-    scale = scale_of_range(emit, *ends, range_, name="s")
-    zero_point = zero_point_of_range(emit, ends[0], scale, range_, name="z")
-    node = fake_quantize.make(graph.inputs[0], scale, zero_point, range_, axis=None, name="fq")
-    fake_quantize.set_margin(node, fake_quantize.CLIPS_AT_RANGE)
-    emit.insert(node)
-    y = node.outputs[0]
-    product = emit.op("Mul", y, emit.constant(gy), shape=x.shape)
-    loss = emit.op("ReduceSum", product, shape=[], keepdims=0, name="loss")
-    gradients = differentiate(graph, loss, [graph.inputs[0], scale, zero_point])
-    graph.outputs[:] = [y, *gradients.values(), scale, zero_point]
+    scale = scale_of_range(emit, inputs[1], inputs[2], range_, name="s")
+    zero_point = zero_point_of_range(emit, inputs[1], scale, range_, name="z")
+    outputs = []
+    for tracked in (
+        True,
+        False,
+    ):  # the gradients of scale and zero point are those of a range that is learned
+        node = fake_quantize.make(inputs[0], scale, zero_point, range_, axis=None, name=f"fq{tracked}")
+        node.outputs[0].name = f"y{tracked}"
+        if tracked:
+            fake_quantize.set_tracked(node)
+        emit.insert(node)
+        product = emit.op("Mul", node.outputs[0], emit.constant(gy), shape=x.shape)
+        loss = emit.op("ReduceSum", product, shape=[], keepdims=0)
+        if tracked:
+            outputs += [node.outputs[0], *differentiate(graph, loss, [inputs[0]]).values()]
+        else:
+            outputs += differentiate(graph, loss, [scale, zero_point]).values()
+    graph.outputs[:] = [*outputs, scale, zero_point]
     for output in graph.outputs:
         output.type = ir.TensorType(ir.DataType.FLOAT)
     lower(model, saturation="before")
-    return session(ir.to_proto(model)).run(None, {"x": x})
+    return session(ir.to_proto(model)).run(None, {"x": x, "low": low, "high": high})
 
 
 # --- Trackers: ranges in the checkpoint, step by step. ---
@@ -308,7 +318,8 @@ def _range_states(report: TrainingReport, plan: Plan) -> tuple[tuple[str, ...], 
 
 
 def _conv_bn_relu(file: Case, settings: Case, batch: int, folder: Path) -> tuple[TrainingReport, Plan]:
-    """loss = sum(out (G + probe)): the gradient of `probe` is out, that of `x_probe` is the gradient of x."""
+    """loss = sum(out G + out probe): the gradient of `probe` is out, that of `x_probe` is the gradient of
+    x."""
     weights = np.array(file["W"], np.float32)
     channels = weights.shape[1]
     out_gradient = np.linspace(-1, 1, batch * channels, dtype=np.float32).reshape(batch, channels, 1, 1)
@@ -334,9 +345,10 @@ def _conv_bn_relu(file: Case, settings: Case, batch: int, folder: Path) -> tuple
             momentum=file["bn_decay"],
         ),
         helper.make_node("Relu", ["n"], ["out"], name="c/relu"),
-        helper.make_node("Add", ["G", "probe"], ["probed_gradient"], name="probe/gradient"),
-        helper.make_node("Mul", ["out", "probed_gradient"], ["products"], name="probe/products"),
-        helper.make_node("ReduceSum", ["products"], ["loss"], name="probe/loss", keepdims=0),
+        helper.make_node("Mul", ["out", "G"], ["products"], name="probe/products"),
+        helper.make_node("Mul", ["out", "probe"], ["probed"], name="probe/probed"),
+        helper.make_node("Add", ["products", "probed"], ["all_products"], name="probe/all"),
+        helper.make_node("ReduceSum", ["all_products"], ["loss"], name="probe/loss", keepdims=0),
     ]
     graph = helper.make_graph(
         nodes,
