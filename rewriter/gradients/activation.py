@@ -14,7 +14,10 @@ _SELU_GAMMA = 1.05070102214813232421875
 @rule("Relu")
 def relu(ctx: Context, dy: ir.Value) -> Gradients:
     """dy where y > 0. y >= 0, so that its truth value is the mask, in one pass."""
-    return [ctx.masked(dy, ctx.op("Cast", ctx.output(), to=ir.DataType.BOOL.value))]
+    y = ctx.output()
+    if ctx.is_zero_with(dy, y):
+        return [dy]
+    return [ctx.masked(dy, ctx.op("Cast", y, to=ir.DataType.BOOL.value))]
 
 
 @rule("LeakyRelu")

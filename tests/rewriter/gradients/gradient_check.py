@@ -17,7 +17,8 @@ from rewriter.gradients import differentiate
 STEP = 0.02
 
 # How much of the shapes the model says. static: all of it. named: one symbol per size, so that equal
-# dimensions are provably equal. symbolic: the rank alone. rankless: nothing.
+# dimensions are provably equal. symbolic: the rank alone. rankless: nothing. Besides, batch: all but the
+# first axis of the first input.
 SHAPES = ("static", "named", "symbolic", "rankless")
 
 
@@ -167,5 +168,6 @@ def _value_info(name: str, array: np.ndarray, shapes: str) -> onnx.ValueInfoProt
         "named": [d if d == 1 else f"d{d}" for d in array.shape],
         "symbolic": [f"{name}_{axis}" for axis in range(array.ndim)],
         "rankless": None,
+        "batch": ["N", *array.shape[1:]] if name == "i0" else list(array.shape),
     }[shapes]
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), dims)

@@ -246,3 +246,51 @@ def test_a_rounded_bias_passes_the_gradient_and_has_none_for_its_scales() -> Non
         None, {value.name: np.array([1, -2, 3], np.float32) for value in graph.inputs}
     )
     np.testing.assert_array_equal(found, [1, -2, 3])
+
+
+@pytest.mark.parametrize("also_in_float", [False, True], ids=["alone", "with_a_float_consumer"])
+@pytest.mark.parametrize("zero_point", [0, 100])
+def test_quantizer_behind_relu_and_the_relu_share_a_mask(zero_point: int, also_in_float: bool) -> None:
+    rng = np.random.default_rng(0)
+    shape = (4, 3, 5, 6)
+    data, r = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    x, range_ = np.maximum(data, 0), IntegerRange.for_activations(8, symmetric=False)
+    scale, z = np.float32(1.5 / (255 - zero_point)), np.array(zero_point, np.uint8)
+    y = dequantize(quantize(x, scale, z, range_, None), scale, z, None)
+    case = Quantized(x, scale, z, range_, None, r)
+    dx, ds = case.reference(per_sample=True)
+    assert 0 < np.count_nonzero(x > 1.5) < np.count_nonzero(x)
+
+    # The parameter is added to the data: else the quantizer would be a weight's.
+    values = {name: ir.val(name, ir.DataType.FLOAT, shape) for name in ("data", "parameter", "r")}
+    add = ir.node("Add", [values["data"], values["parameter"]], name="add")
+    s = ir.val("scale", const_value=ir.tensor(scale, name="scale"))
+    z_value = ir.val("zero_point", const_value=ir.tensor(z, name="zero_point"))
+    relu = ir.node("Relu", add.outputs, name="relu")
+    relu.outputs[0].shape, relu.outputs[0].type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    node = fake_quantize.make(relu.outputs[0], s, z_value, range_, axis=None, name="fq")
+    nodes = [add, relu, node, ir.node("Mul", [node.outputs[0], values["r"]], name="product")]
+    if also_in_float:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], relu.outputs[0]], name="sum"))
+    nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0]], {"keepdims": 0}, name="total"))
+    loss = nodes[-1].outputs[0]
+    graph = ir.Graph(
+        list(values.values()),
+        [],
+        nodes=nodes,
+        initializers=[s, z_value],
+        opset_imports={"": 18, "qat": 1},
+        name="g",
+    )
+    found = differentiate(graph, loss, [values["parameter"], s])
+    fed = ir.val("y", ir.DataType.FLOAT, shape)
+    node.outputs[0].replace_all_uses_with(fed)
+    graph.remove(node)
+    graph.inputs.append(fed)
+    graph.outputs.extend(found.values())
+    feeds = {"data": data, "parameter": np.zeros(shape, np.float32), "r": r, "y": y}
+    dparameter, dscale = session(ir.to_proto(ir.Model(graph, ir_version=9))).run(None, feeds)
+    assert_close(dparameter, np.where(data > 0, dx + also_in_float, 0))
+    assert_close(dscale, ds)
+    masks = sum(node.op_type in ("Equal", "Cast") for node in graph)
+    assert masks == 1 + also_in_float
