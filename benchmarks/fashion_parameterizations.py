@@ -44,7 +44,7 @@ from rewriter.training import layout
 Form = Literal["exp", "linear"]
 
 BITS: Final = (8, 4, 2)
-RATES: Final[dict[OptimizerName, tuple[float, ...]]] = {"adamw": (1e-3,), "sgd": (1e-2, 1e-1)}
+RATES: Final[dict[OptimizerName, tuple[float, ...]]] = {"adamw": (1e-3, 1e-2), "sgd": (1e-2, 1e-1)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Parameterization:
         return f"{self.form}, {'g' if self.factor else 'no g'}"
 
 
+OURS: Final = Parameterization("exp", True)  # what `rewriter.prepare` writes
 PARAMETERIZATIONS: Final = (
     Parameterization("exp", True),
     Parameterization("exp", False),
@@ -163,7 +164,7 @@ def report(results: Sequence[Result]) -> str:
 
 
 def change_parameterization(bundle: Path, manifest: Manifest, wanted: Parameterization) -> None:
-    """Rewrite the training and the eval model of a bundle whose scales are s0 * exp(p), with the factor g."""
+    """Rewrite the training and the eval model of a bundle, whose parameterization is `OURS`."""
     elements = _elements(bundle, manifest)
     learned = [entry for entry in manifest.quantizers if entry.scale_parameter is not None]
     for name in (TRAINING_MODEL, EVAL_MODEL):
@@ -174,7 +175,8 @@ def change_parameterization(bundle: Path, manifest: Manifest, wanted: Parameteri
             if wanted.form == "linear":
                 _make_linear(model.graph, entry.scale_parameter, initial)
             if name == TRAINING_MODEL:
-                factor = 1.0 if wanted.factor else math.sqrt(elements[entry.name] * entry.qmax)
+                inverse = math.sqrt(elements[entry.name] * entry.qmax)
+                factor = inverse ** (OURS.factor - wanted.factor)
                 _scale_gradient(model.graph, entry, factor, divide=wanted.form == "linear")
         onnx.save(model, bundle / name)
 

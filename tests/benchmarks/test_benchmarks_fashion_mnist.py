@@ -14,8 +14,9 @@ import onnx
 import pytest
 
 import rewriter
+from benchmarks import fashion_parameterizations
 from benchmarks.fashion_mnist import SHORT, report
-from benchmarks.fashion_parameterizations import Parameterization, change_parameterization
+from benchmarks.fashion_parameterizations import Parameterization, Trial, change_parameterization, run_trial
 from benchmarks.fashion_schedule import Schedule
 from benchmarks.fashion_torch_program import write_qat_program
 from benchmarks.fashion_training import Session
@@ -192,3 +193,16 @@ def test_other_parameterizations_begin_alike_and_differ_by_their_gradients(
     # The stem's weights are 9 a channel, of 8 bits: 1 / g = sqrt(9 * 127).
     name = "stem.weight_folded_scale"
     np.testing.assert_allclose(bare[name], linear[name] * np.sqrt(9 * 127), rtol=1e-3, atol=1e-6)
+
+
+def test_a_trial_trains_with_its_own_optimizer_and_rate(small: Run) -> None:
+    linear = Parameterization("linear", True)
+    trials = [Trial("adamw", 1e-2, 4, linear), Trial("adamw", 1.0, 4, linear), Trial("sgd", 1e-2, 4, linear)]
+    slow, fast, sgd = results = [run_trial(small, trial) for trial in trials]
+    assert slow.crossed == 0 < fast.crossed
+    assert 0 < sgd.moved < slow.moved
+    assert all(np.isfinite(result.loss) and 0 <= result.top1 <= 100 for result in (slow, sgd))
+    lines = fashion_parameterizations.report([*results, slow]).splitlines()
+    cells = ["adamw", "0.01", "4", "linear,", "g", f"{slow.loss:.4f}", f"{slow.top1:.2f}", "0"]
+    assert lines[1].split()[:8] == cells
+    assert len(lines) == 4
