@@ -1,4 +1,4 @@
-"""What each target runtime quantizes: one policy a target, as data that placement reads."""
+"""What each target asks for: one policy a target, as data that placement and folding read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewriter.recipe import FoldStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetPolicy:
+class IntegerOperators:
     """Which operators a runtime computes in integers, and what it fuses into them.
 
     Attributes:
@@ -32,8 +32,27 @@ class TargetPolicy:
     shares_range: frozenset[str]
     quantizes_outputs: bool
     writes_float: frozenset[str]
-    fold_statistics: FoldStatistics = "quantized_layer"
-    bessel_correction: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetPolicy:
+    """Where a target wants quantizers, and how ranges and batch norms are treated.
+
+    Attributes:
+        operators: what its runtime computes in integers; None: quantizers stand where tf.contrib.quantize
+            put them (`placement.tf_contrib`).
+        symmetric_weights: whether weights are symmetric whatever the recipe's `symmetric` says of
+            activations; otherwise they are as it says.
+        fold_statistics: what the statistics of the batch are taken of when a batch norm is folded in
+            training, unless the recipe says it.
+        bessel_correction: whether the running variance takes in n / (n - 1) times the variance of the batch,
+            an estimate of that of all data.
+    """
+
+    operators: IntegerOperators | None
+    symmetric_weights: bool
+    fold_statistics: FoldStatistics
+    bessel_correction: bool
 
 
 # onnxruntime matches DQ -> operator -> Q groups (QDQ format): every input and the output need a pair. It
@@ -42,7 +61,7 @@ class TargetPolicy:
 # their output, and do without where nothing in integers follows: class scores, attention scores, the input of
 # a GELU or LayerNorm. A pair there costs accuracy, and starves training: scores outside the calibrated range
 # have no gradient, and a new task or longer training takes them all outside.
-_ONNXRUNTIME: Final = TargetPolicy(
+_ONNXRUNTIME_OPERATORS: Final = IntegerOperators(
     quantized=frozenset(
         ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool")
     ),
@@ -53,4 +72,19 @@ _ONNXRUNTIME: Final = TargetPolicy(
     writes_float=frozenset(("Gemm", "MatMul")),
 )
 
-TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME}
+_ONNXRUNTIME: Final = TargetPolicy(
+    operators=_ONNXRUNTIME_OPERATORS,
+    symmetric_weights=True,
+    fold_statistics="quantized_layer",
+    bessel_correction=False,  # ONNX defines BatchNormalization with the variance of the batch itself
+)
+
+# What TensorFlow 1.15 did, for results that can be compared with its own.
+_TF_CONTRIB: Final = TargetPolicy(
+    operators=None,
+    symmetric_weights=False,
+    fold_statistics="float_layer",
+    bessel_correction=True,
+)
+
+TARGETS: Final[Mapping[str, TargetPolicy]] = {"onnxruntime": _ONNXRUNTIME, "tf_contrib": _TF_CONTRIB}

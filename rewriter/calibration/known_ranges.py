@@ -20,7 +20,8 @@ from rewriter.operators import movement_inputs, traits_of
 from rewriter.quantization import Statistics
 
 # Clipping points, in standard deviations, with the least expected squared quantization error of normally
-# distributed values, by bits (Banner et al. 2019, "Post training 4-bit quantization", ACIQ).
+# distributed values, by bits (Banner et al. 2019, "Post training 4-bit quantization", ACIQ; from 9 bits on by
+# the same formula: the minimum over a of a^2 / (3 * 4^bits) + 2 * ((1 + a^2) * Q(a) - a * phi(a))).
 _STANDARD_DEVIATIONS: Final[Mapping[int, float]] = {
     2: 1.71,
     3: 2.15,
@@ -29,6 +30,14 @@ _STANDARD_DEVIATIONS: Final[Mapping[int, float]] = {
     6: 3.28,
     7: 3.61,
     8: 3.92,
+    9: 4.22,
+    10: 4.49,
+    11: 4.76,
+    12: 5.01,
+    13: 5.26,
+    14: 5.49,
+    15: 5.72,
+    16: 5.94,
 }
 
 
@@ -55,7 +64,7 @@ class KnownRange:
 
 def known_ranges(graph: ir.Graph, statistics: Statistics, bits: int) -> dict[str, KnownRange]:
     """The tensors of the main graph whose range is known, by name."""
-    deviations = _STANDARD_DEVIATIONS[min(bits, max(_STANDARD_DEVIATIONS))]
+    deviations = _STANDARD_DEVIATIONS[bits]
     ranges: dict[str, KnownRange] = {}
     for node in graph:
         for output in node.outputs:

@@ -289,6 +289,7 @@ class _Folding:
         # Rule 4: folded weights by what they are made from.
         self._weights: dict[tuple[object, ...], ir.Value] = {}
         self._replaced: dict[ir.Value, list[ir.Value]] = {}
+        # Weights and biases of layers that are folded in training: what is folded of them has its own name.
         self._trained: set[ir.Value] = set()
 
     def fold(self, pair: BatchNormPair) -> ir.Value:
@@ -307,6 +308,7 @@ class _Folding:
         if bias is not None:  # before the freeze it cancels: the running mean takes it in
             scale = pair.layer.attributes.get_float("beta", 1.0) if pair.layer.op_type == "Gemm" else 1.0
             values[2] = (values[2] - scale * _rows(_float64(bias))).astype(np.float32)
+            self._trained.add(bias)
         group = pair.layer.attributes.get_int("group", 1) if pair.layer.op_type == "ConvTranspose" else 1
         self._trained.add(weight.value)
         result = self._fold(pair, shared_with=tuple(pair.batch_norm.inputs[1:5]))

@@ -13,7 +13,7 @@ from rewriter.placement.settings import NodeSettings, in_scope, settings_for
 from rewriter.placement.signals import Signals
 from rewriter.quantization import Skipped
 from rewriter.recipe import Recipe
-from rewriter.targets import TargetPolicy
+from rewriter.targets import IntegerOperators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,29 +37,29 @@ class Candidate:
 class _Context:
     graph: ir.Graph
     recipe: Recipe
-    policy: TargetPolicy
+    operators: IntegerOperators
     signals: Signals
 
 
 def find_candidates(
-    graph: ir.Graph, recipe: Recipe, policy: TargetPolicy, signals: Signals
+    graph: ir.Graph, recipe: Recipe, operators: IntegerOperators, signals: Signals
 ) -> tuple[list[Candidate], list[Skipped]]:
     """Decide on every node of a type that the target quantizes, in graph order.
 
     Every Conv, ConvTranspose, Gemm and MatMul, also inside If and Loop bodies, is in one of the two lists;
     Add, Mul and pooling are listed as skipped only where they work on activations.
     """
-    context = _Context(graph, recipe, policy, signals)
+    context = _Context(graph, recipe, operators, signals)
     candidates, skipped = [], []
     bias_adds: set[ir.Node] = set()
     for node in graph.all_nodes():
-        if not is_operator(node, *policy.quantized) or node in bias_adds:
+        if not is_operator(node, *operators.quantized) or node in bias_adds:
             continue
         reason = next((why for guard in _GUARDS if (why := guard(node, context)) is not None), None)
         if reason is None:
             candidate = _candidate(node, context)
             candidates.append(candidate)
-            if (bias_add := _bias_add(node, policy)) is not None:
+            if (bias_add := _bias_add(node, operators)) is not None:
                 bias_adds.add(bias_add)
         elif _is_layer(node) or _works_on_activations(node, signals):
             skipped.append(Skipped(node.name or "", node.op_type, reason))
@@ -73,7 +73,7 @@ def _candidate(node: ir.Node, context: _Context) -> Candidate:
         settings=settings_for(node, context.recipe),
         inputs=_activations(node),
         weight=weight,
-        output=_unit_output(node, context.policy),
+        output=_unit_output(node, context.operators),
     )
 
 
@@ -89,21 +89,21 @@ def _activations(node: ir.Node) -> tuple[ir.Value, ...]:
     return tuple(value for i in positions if i < len(node.inputs) and (value := node.inputs[i]) is not None)
 
 
-def _unit_output(node: ir.Node, policy: TargetPolicy) -> ir.Value:
-    bias_add = _bias_add(node, policy)
+def _unit_output(node: ir.Node, operators: IntegerOperators) -> ir.Value:
+    bias_add = _bias_add(node, operators)
     output = (bias_add or node).outputs[0]
     follower = _only_reader(output)
-    if follower is not None and _is_fused_activation(follower, output, policy):
+    if follower is not None and _is_fused_activation(follower, output, operators):
         return follower.outputs[0]
     return output
 
 
-def _bias_add(node: ir.Node, policy: TargetPolicy) -> ir.Node | None:
+def _bias_add(node: ir.Node, operators: IntegerOperators) -> ir.Node | None:
     """The Add of a constant that only this matrix product's result goes into.
 
     Other layers have an input for their bias: what normalization could not put there is no bias.
     """
-    if not policy.fuses_bias_add or not is_operator(node, "MatMul") or weight_operand(node) is None:
+    if not operators.fuses_bias_add or not is_operator(node, "MatMul") or weight_operand(node) is None:
         return None
     follower = _only_reader(node.outputs[0])
     if follower is None or not is_operator(follower, "Add"):
@@ -111,8 +111,8 @@ def _bias_add(node: ir.Node, policy: TargetPolicy) -> ir.Node | None:
     return follower if any(is_constant(value) for value in follower.inputs) else None
 
 
-def _is_fused_activation(node: ir.Node, x: ir.Value, policy: TargetPolicy) -> bool:
-    if not is_operator(node, *policy.fused_activations) or node.inputs[0] is not x:
+def _is_fused_activation(node: ir.Node, x: ir.Value, operators: IntegerOperators) -> bool:
+    if not is_operator(node, *operators.fused_activations) or node.inputs[0] is not x:
         return False
     return all(bound is None or is_constant(bound) for bound in node.inputs[1:])
 

@@ -17,7 +17,7 @@ from rewriter.operators import is_constant, movement_inputs, traits_of, unquanti
 from rewriter.placement.candidates import Candidate
 from rewriter.placement.settings import in_scope, settings_for
 from rewriter.recipe import Recipe
-from rewriter.targets import TargetPolicy
+from rewriter.targets import IntegerOperators
 
 
 @dataclasses.dataclass
@@ -38,21 +38,21 @@ class QuantizedRanges:
 
 
 def share_ranges(
-    graph: ir.Graph, candidates: Sequence[Candidate], recipe: Recipe, policy: TargetPolicy
+    graph: ir.Graph, candidates: Sequence[Candidate], recipe: Recipe, operators: IntegerOperators
 ) -> QuantizedRanges:
     """Collect what the candidates ask for and extend it over the operators that move data."""
     ranges = QuantizedRanges(produced=set(), consumed={}, on_grid=set(), groups=[])
     for candidate in candidates:
         for value in candidate.inputs:
             ranges.consumed.setdefault(unquantized(value), []).append(candidate.node)
-        if policy.quantizes_outputs and candidate.node.op_type not in policy.writes_float:
+        if operators.quantizes_outputs and candidate.node.op_type not in operators.writes_float:
             ranges.produced.add(candidate.output)
 
-    moves = {node: move for node in graph if (move := _read_move(node, recipe, policy)) is not None}
+    moves = {node: move for node in graph if (move := _read_move(node, recipe, operators)) is not None}
     sharing = _DisjointSets(existing_scales(graph))
     done: set[ir.Node] = set()
     _share_over_moves(list(reversed(moves)), moves, ranges, sharing, done)
-    if policy.quantizes_outputs:
+    if operators.quantizes_outputs:
         # A result that could stay float and has a quantized reader is quantized for the others too: the
         # kernel writes either integers or float.
         mixed = [c.output for c in candidates if c.output in ranges.consumed]
@@ -92,10 +92,10 @@ class _Move:
     outputs: tuple[ir.Value, ...]
 
 
-def _read_move(node: ir.Node, recipe: Recipe, policy: TargetPolicy) -> _Move | None:
+def _read_move(node: ir.Node, recipe: Recipe, operators: IntegerOperators) -> _Move | None:
     """The float tensors that a node moves, None where it cannot take part in quantization."""
     traits = traits_of(node)
-    if traits is None or traits.kind != "movement" or node.op_type not in policy.shares_range:
+    if traits is None or traits.kind != "movement" or node.op_type not in operators.shares_range:
         return None
     if not traits.only_moves(node) or not in_scope(node, recipe) or not settings_for(node, recipe).quantize:
         return None

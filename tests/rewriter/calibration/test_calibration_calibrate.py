@@ -40,7 +40,8 @@ def activation(
 ) -> Quantizer:
     quantized = tuple(QuantizedTensor(t, ()) if isinstance(t, str) else t for t in tensors)
     range_ = IntegerRange.for_activations(bits, symmetric=symmetric)
-    return Quantizer(quantized[0].name, "activation", bits, range_, symmetric, None, quantized, existing)
+    name = quantized[0].name
+    return Quantizer(name, "activation", bits, range_, symmetric, None, quantized, existing=existing)
 
 
 def weight(name: str, *consumers: str, bits: int = 8, axis: int | None = 0) -> Quantizer:

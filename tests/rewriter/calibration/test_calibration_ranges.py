@@ -78,6 +78,22 @@ def test_mse_is_as_good_as_brute_force_over_the_raw_values(
     assert found <= squared_error(values, low, high, q)
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_16_bits_keep_more_than_8(distribution: str, symmetric: bool, method: str) -> None:
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(0)).astype(np.float32)
+    ranges = [chosen(values, method, bits, symmetric, percentile=100.0) for bits in (8, 16)]
+    scale, zero_point = parameters_from_range(*ranges[1], quantizer(16, symmetric).range, symmetric=symmetric)
+    assert zero_point.dtype == (np.int16 if symmetric else np.uint16)
+    assert scale >= (values.max() - min(values.min(), 0)) / 2**16 * (1 - 1e-6)
+    errors = [
+        squared_error(values, *range_, quantizer(bits, symmetric))
+        for bits, range_ in zip((8, 16), ranges, strict=True)
+    ]
+    assert errors[1] < errors[0] / 4**7  # the full gain is 4^8
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_zero_after_a_relu_is_qmin_exactly(method: str, bits: int) -> None:

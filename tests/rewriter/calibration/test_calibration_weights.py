@@ -16,13 +16,15 @@ from rewriter.quantization import (
     QuantizedTensor,
     Quantizer,
     dequantize,
+    parameters_from_range,
     quantize,
 )
 
 
-def quantizer(bits: int = 8, axis: int | None = 0) -> Quantizer:
+def quantizer(bits: int = 8, axis: int | None = 0, *, symmetric: bool = True) -> Quantizer:
     tensors = (QuantizedTensor("w", ("n",)),)
-    return Quantizer("w", "weight", bits, IntegerRange.for_weights(bits), True, axis, tensors)
+    range_ = IntegerRange.for_weights(bits, symmetric=symmetric)
+    return Quantizer("w", "weight", bits, range_, symmetric, axis, tensors)
 
 
 def weight(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -45,10 +47,26 @@ def test_8_bits_take_the_largest_magnitude_of_each_channel(shape: tuple[int, ...
     assert parameters.initialized == "values"
 
 
+@pytest.mark.parametrize("axis", [0, None])
+def test_asymmetric_8_bits_take_the_range_of_each_channel(axis: int | None) -> None:
+    w = weight(6, 3, 3) + np.linspace(-3, 3, 6, dtype=np.float32)[:, None, None]
+    parameters = weight_parameters([w], quantizer(8, axis, symmetric=False))
+    others = None if axis is None else (1, 2)
+    low, high = np.minimum(w.min(axis=others), 0), np.maximum(w.max(axis=others), 0)
+    np.testing.assert_allclose(parameters.scale, (high - low) / 254, rtol=1e-6)
+    np.testing.assert_array_equal(parameters.zero_point, np.clip(np.rint(1 - low / parameters.scale), 1, 255))
+    assert parameters.zero_point.dtype == np.uint8
+    assert parameters.zero_point.shape == parameters.scale.shape == (() if axis is None else (6,))
+
+
 def _error(
-    w: npt.NDArray[np.float32], scale: npt.NDArray[np.float64], q: Quantizer
+    w: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float64],
+    q: Quantizer,
+    zero_point: npt.NDArray[np.integer] | None = None,
 ) -> npt.NDArray[np.float64]:
-    zero_point = np.zeros(scale.shape, np.int8)
+    if zero_point is None:
+        zero_point = np.zeros(scale.shape, np.int8)
     x = w.astype(np.float64)
     squared = (
         dequantize(quantize(x, scale, zero_point, q.range, q.axis), scale, zero_point, q.axis) - x
@@ -72,6 +90,31 @@ def test_fewer_bits_take_nearly_the_best_scale_of_a_fine_search(
     assert (found <= _error(w, full, q) * (1 + 1e-6)).all()
     assert np.all(found <= best * 1.1)
     assert np.mean(found / best) <= 1.03
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("axis", [0, None])
+def test_fewer_asymmetric_bits_do_better_than_the_whole_range(bits: int, axis: int | None) -> None:
+    w = np.random.default_rng(1).gumbel(size=(6, 200)).astype(np.float32)
+    q = quantizer(bits, axis, symmetric=False)
+    found = weight_parameters([w], q)
+    whole = parameters_from_range(
+        w.min(axis=None if axis is None else 1), w.max(axis=None if axis is None else 1), q.range,
+        symmetric=False,
+    )  # fmt: skip
+    errors = [
+        _error(w, scale.astype(np.float64), q, zero_point)
+        for scale, zero_point in ((found.scale, found.zero_point), whole)
+    ]
+    assert (errors[0] <= errors[1]).all()
+    assert errors[0].mean() < 0.95 * errors[1].mean()
+
+
+def test_an_asymmetric_channel_of_zeros_has_room_to_both_sides() -> None:
+    w = np.stack([np.zeros(9), np.linspace(-1, 2, 9)]).astype(np.float32)
+    parameters = weight_parameters([w], quantizer(8, symmetric=False))
+    assert parameters.scale[0] == parameters.scale[1]
+    np.testing.assert_array_equal(parameters.zero_point, [128, 86])
 
 
 @pytest.mark.parametrize("axis", [0, None])

@@ -91,7 +91,7 @@ def test_a_concatenation_with_an_unknown_part_is_unknown() -> None:
     assert calibrated(model, "out").initialized == "uncalibrated:random_inputs"
 
 
-@pytest.mark.parametrize(("bits", "deviations"), [(2, 1.71), (4, 2.55), (8, 3.92)])
+@pytest.mark.parametrize(("bits", "deviations"), [(2, 1.71), (4, 2.55), (8, 3.92), (16, 5.94)])
 def test_batch_norm_statistics_give_the_range(bits: int, deviations: float) -> None:
     model = model_of("{ y = Exp (x)\n r = Relu (y)\n out = Identity (r) }")
     statistics = {"y": (np.array([1.0, -2.0]), np.array([0.5, 1.0]))}

@@ -1,7 +1,7 @@
 """Our training graphs, run by onnxruntime-training, give the numbers that tf.contrib.quantize gave.
 
-The cases are those of a file (`--conformance FILE`, default: the one beside this module, written by TensorFlow
-1.15.5). Every number must agree to a relative 1e-4, but for the allowances below; each says why.
+The cases are those of a file (`--conformance FILE`, default: the one beside this module, written by
+TensorFlow 1.15.5). Every number must agree to a relative 1e-4, but for the allowances below; each says why.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def integer_range(bits: int, *, narrow: bool, symmetric: bool = False) -> Intege
 def test_fake_quantization(fake_quant: Case) -> None:
     """The quantizer of a range (low, high) in the graph, forward and backward.
 
-    TensorFlow gives the range gradients gmin and gmax, which its rewriter never used. Ours, of a range that is
-    learned, are of scale and zero point: dz / (g s) = -(gmin + gmax), and what of ds comes from outside of the
-    range is g (gmin (qmin - z) + gmax (qmax - z)).
+    TensorFlow gives the range gradients gmin and gmax, which its rewriter never used. Ours, of a range that
+    is learned, are of scale and zero point: dz / (g s) = -(gmin + gmax), and what of ds comes from outside
+    of the range is g (gmin (qmin - z) + gmax (qmax - z)).
     """
     range_ = integer_range(fake_quant["bits"], narrow=fake_quant["narrow"])
     x, gy = (np.array(fake_quant[key], np.float32).reshape(1, -1) for key in ("x", "gy"))
@@ -149,7 +149,10 @@ def _fake_quantize(
     scale = scale_of_range(emit, inputs[1], inputs[2], range_, name="s")
     zero_point = zero_point_of_range(emit, inputs[1], scale, range_, name="z")
     outputs = []
-    for tracked in (True, False):  # the gradients of scale and zero point are those of a range that is learned
+    for tracked in (
+        True,
+        False,
+    ):  # the gradients of scale and zero point are those of a range that is learned
         node = fake_quantize.make(inputs[0], scale, zero_point, range_, axis=None, name=f"fq{tracked}")
         node.outputs[0].name = f"y{tracked}"
         if tracked:
@@ -315,7 +318,8 @@ def _range_states(report: TrainingReport, plan: Plan) -> tuple[tuple[str, ...], 
 
 
 def _conv_bn_relu(file: Case, settings: Case, batch: int, folder: Path) -> tuple[TrainingReport, Plan]:
-    """loss = sum(out G + out probe): the gradient of `probe` is out, that of `x_probe` is the gradient of x."""
+    """loss = sum(out G + out probe): the gradient of `probe` is out, that of `x_probe` is the gradient of
+    x."""
     weights = np.array(file["W"], np.float32)
     channels = weights.shape[1]
     out_gradient = np.linspace(-1, 1, batch * channels, dtype=np.float32).reshape(batch, channels, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -100,6 +101,115 @@ def test_activation_bits_govern_the_result_of_a_node_and_the_inputs_that_nothing
     assert [quantizer(plan, name).bits for name in ("x", "a", "b", "y")] == [4, 4, 8, 8]
     assert quantizer(plan, "a").range == IntegerRange(-8, 7)
     assert quantizer(plan, "b").range == IntegerRange(0, 255)
+
+
+TARGETS = ("onnxruntime", "tf_contrib")
+
+BLOCKS = """g (float[N,4,8,8] x) => (y)
+<float[4,4,1,1] w1, float[4] b1, float[4,4,1,1] w2, float[4] b2, float[8,8] w3, float[8] b3>
+{ c1 = Conv(x, w1, b1) r1 = Relu(c1) c2 = Conv(r1, w2, b2) r2 = Relu(c2) p = MatMul(r2, w3)
+  y = Add(p, b3) }"""
+
+
+def blocks() -> ir.Model:
+    """Two convolutions with Relu and a matrix product with bias, named a/conv, a/relu, b/conv, ..., c/add."""
+    model = graph(BLOCKS)
+    names = ("a/conv", "a/relu", "b/conv", "b/relu", "c/product", "c/add")
+    for node, name in zip(model.graph, names, strict=True):
+        node.name = name
+    return model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), ("r", "r", "r")),
+        (({"match": "a"},), ("o", "r", "r")),
+        (({"match": "a/conv"},), ("o", "r", "r")),
+        (({"match": "Conv"},), ("o", "o", "r")),
+        (({"match": "MatMul"},), ("r", "r", "o")),
+        (({"match": "Conv"}, {"match": "a", "same": True}), ("r", "o", "r")),
+        (({"match": "a", "same": True}, {"match": "Conv"}), ("o", "o", "r")),
+    ],
+    ids=["none", "prefix", "name", "type", "another type", "the last wins", "the last wins, turned round"],
+)
+@pytest.mark.parametrize(
+    ("kind", "field", "recipe_value", "override_value"),
+    [
+        ("weight", "weight_bits", 8, 4),
+        ("activation", "activation_bits", 8, 16),
+        ("weight", "ranges", "learned", "moving_average"),
+        ("activation", "ranges", "moving_average", "fixed"),
+        ("weight", "quant_delay", 0, 100),
+        ("activation", "quant_delay", 100, 0),
+    ],
+)
+def test_overrides_reach_the_quantizers_of_their_nodes(
+    target: str,
+    overrides: tuple[dict[str, object], ...],
+    expected: tuple[str, ...],
+    kind: str,
+    field: str,
+    recipe_value: object,
+    override_value: object,
+) -> None:
+    recipe = Recipe.parse(
+        {
+            "target": target,
+            field: recipe_value,
+            "overrides": [
+                {"match": one["match"], field: recipe_value if "same" in one else override_value}
+                for one in overrides
+            ],
+        }
+    )
+    plan = place(blocks(), recipe)
+    names = {"weight": ("w1", "w2", "w3"), "activation": ("r1", "r2", "y")}[kind]
+    attribute = "bits" if field.endswith("_bits") else field
+    found = [getattr(q, attribute) for name in names for q in plan.quantizers if q.name == name]
+    values = {"r": recipe_value, "o": override_value}
+    # The result of a matrix product that nothing in integers reads stays float for onnxruntime.
+    assert found == [values[one] for one in expected][: len(found)]
+    assert len(found) == (2 if (kind, target) == ("activation", "onnxruntime") else 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_prefixes_with_other_bits_give_mixed_precision(target: str) -> None:
+    recipe = Recipe.parse(
+        {
+            "target": target,
+            "overrides": [
+                {"match": "a", "weight_bits": 4, "activation_bits": 16},
+                {"match": "b", "weight_bits": 2, "activation_bits": 4},
+            ],
+        }
+    )
+    bits = {q.name: q.bits for q in place(blocks(), recipe).quantizers}
+    assert [bits[name] for name in ("w1", "r1", "w2", "r2", "w3")] == [4, 16, 2, 4, 8]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("symmetric", "range_", "dtype"),
+    [(False, IntegerRange(0, 65535), np.uint16), (True, IntegerRange(-32768, 32767), np.int16)],
+)
+def test_16_bit_activations(target: str, symmetric: bool, range_: IntegerRange, dtype: type) -> None:
+    plan = place(blocks(), Recipe.parse({"target": target, "activation_bits": 16, "symmetric": symmetric}))
+    found = {q.range for q in plan.quantizers if q.kind == "activation"}
+    assert found == {range_}
+    assert range_.dtype == dtype
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_that_share_a_weight_and_settings_share_its_quantizer(target: str) -> None:
+    model = graph(
+        "g (float[N,4,8,8] x) => (y) <float[4,4,1,1] w, float[4] b> { "
+        "[a] a = Conv(x, w, b) [b] y = Conv(a, w, b) }"
+    )
+    recipe = Recipe.parse({"target": target, "overrides": [{"match": "Conv", "quant_delay": 7}]})
+    (weight,) = (one for one in place(model, recipe).quantizers if one.kind == "weight")
+    assert (weight.quant_delay, weight.tensors[0].consumers) == (7, ("a", "b"))
 
 
 def test_a_shared_range_takes_the_most_bits_of_the_operators_that_make_it() -> None:

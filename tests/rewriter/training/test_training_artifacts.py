@@ -18,8 +18,8 @@ from rewriter.quantization import IntegerRange
 from rewriter.recipe import Recipe
 from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.checkpoint import read_checkpoint
+from rewriter.training.derived import derived_values
 from rewriter.training.runtime import open_session
-from rewriter.training.scales import trained_scales
 from tests.rewriter.training import nets, stock
 
 FILES = ["checkpoint", "eval_model.onnx", "optimizer_model.onnx", "training_model.onnx"]
@@ -34,6 +34,16 @@ def opsets(model: onnx.ModelProto) -> dict[str, int]:
     return {opset.domain: opset.version for opset in model.opset_import}
 
 
+def with_step_counter(inputs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Ours has one frozen parameter more, the last of the parameters: the number of steps."""
+    (scalar,) = interface(
+        [onnx.helper.make_tensor_value_info("quantization_step", onnx.TensorProto.FLOAT, [])]
+    )
+    reserved = [i for i, (name, _) in enumerate(inputs) if "_grad" in name]
+    position = reserved[0] if reserved else len(inputs)
+    return [*inputs[:position], scalar, *inputs[position:]]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_layout_is_that_of_generate_artifacts(tmp_path: Path, optimizer: str) -> None:
     net = nets.mlp()
@@ -46,7 +56,7 @@ def test_the_layout_is_that_of_generate_artifacts(tmp_path: Path, optimizer: str
     assert sorted(path.name for path in ours.iterdir()) == FILES
     for name in ("training_model.onnx", "eval_model.onnx"):
         a, b = onnx.load(ours / name), onnx.load(theirs / name)
-        assert interface(a.graph.input) == interface(b.graph.input)
+        assert interface(a.graph.input) == with_step_counter(interface(b.graph.input))
         own_outputs = ["y"] if name == "eval_model.onnx" else []
         found = interface(a.graph.output, a.graph.output[0].name)
         assert [entry for entry in found if entry[0] not in own_outputs] == interface(
@@ -72,7 +82,7 @@ def test_the_layout_is_that_of_generate_artifacts(tmp_path: Path, optimizer: str
     assert opsets(a) == opsets(b)
     assert a.ir_version <= 10
 
-    expected = read_checkpoint(theirs / "checkpoint")
+    expected = read_checkpoint(theirs / "checkpoint") | {"quantization_step": np.float32(0)}
     for name, value in read_checkpoint(ours / "checkpoint").items():
         np.testing.assert_array_equal(value, expected.pop(name))
     assert not expected
@@ -92,7 +102,7 @@ def test_frozen_weights_keep_their_place_among_the_parameters(tmp_path: Path) ->
     assert (report.trainable, list(report.frozen)) == (("B",), ["A"])
     for name in ("training_model.onnx", "eval_model.onnx"):
         mine, stocks = onnx.load(ours / name), onnx.load(theirs / name)
-        assert interface(mine.graph.input) == interface(stocks.graph.input)
+        assert interface(mine.graph.input) == with_step_counter(interface(stocks.graph.input))
         assert not any(tensor.name == "A" for tensor in mine.graph.initializer)
     x, labels = nets.batch()
     (loss, found), (stock_loss, expected) = (stock.gradients(f, x, labels) for f in (ours, theirs))
@@ -145,7 +155,12 @@ def reference_gradients(bits: int, x: np.ndarray, labels: np.ndarray) -> tuple[f
         # Elements that share a scale: a column of a weight, the features of one sample.
         total = summed.sum(axis=0) if name.startswith("W") else summed.sum()
         elements = value.shape[0] if name.startswith("W") else value.shape[1]
-        gradients[f"{name}_scale.log_multiplier"] = total / np.sqrt(elements * limits(name)[1])
+        g = 1 / np.sqrt(elements * limits(name)[1])
+        gradients[f"{name}_scale.log_multiplier"] = g * total
+        if name == "x":  # has two sides: z = clip(round(z0 + width o)), LSQ+
+            width = limits(name)[1] - limits(name)[0]
+            outside = (dy * ~in_range).sum()
+            gradients["x_zero_point.offset"] = -g * width * tensors["x_scale"] * outside
         return dy * in_range
 
     gradients: dict[str, np.ndarray] = {}
@@ -202,9 +217,10 @@ def test_training_lowers_the_loss_and_leaves_the_scales_sane(
         session.module.lazy_reset_grad()
 
     assert np.mean(losses[-30:]) < 0.8 * np.mean(losses[:30])
-    initial = {name: net.graph.initializers[name].const_value.numpy() for name in report.scales}
+    initial = {name: net.graph.initializers[name].const_value.numpy() for name in report.scale_parameters}
     parameters = {name: np.array(p.data) for name, p in session.state.parameters}
-    trained = trained_scales(parameters, initial, {s: p.parameter for s, p in report.scales.items()})
+    evaluation = ir.from_proto(onnx.load(tmp_path / "eval_model.onnx"))
+    trained = derived_values(evaluation, parameters, initial)
     assert trained.keys() == {"x_scale", "r_scale", "W1_scale", "W2_scale"}
     moved = [np.abs(np.log(trained[name] / initial[name])).max() for name in trained]
     assert max(moved) < np.log(4)
@@ -245,7 +261,7 @@ def test_the_given_model_is_not_changed(tmp_path: Path) -> None:
 
 def test_fixed_ranges_have_no_trained_scales(tmp_path: Path) -> None:
     report = write_training_artifacts(nets.quantized_mlp(), Recipe(ranges="fixed"), tmp_path)
-    assert report.scales == {}
+    assert report.scale_parameters == {}
     assert report.trainable == ("W1", "b1", "W2", "b2")
     constants = {tensor.name for tensor in onnx.load(tmp_path / "training_model.onnx").graph.initializer}
     assert {"x_scale", "W1_scale"} <= constants
@@ -263,7 +279,7 @@ def test_frozen_prefixes_end_at_boundaries_and_cover_scales(tmp_path: Path) -> N
     report = write_training_artifacts(net, Recipe(frozen=("block",)), tmp_path)
     frozen = {"block.1.weight", "block.1.bias", "block.2.weight", "block.1.weight_scale"}
     assert set(report.frozen) == frozen
-    assert "stem.weight_scale" in report.scales
+    assert "stem.weight_scale" in report.scale_parameters
     for prefix in ("bloc", "nothing"):
         with pytest.raises(QatError) as caught:
             write_training_artifacts(net, Recipe(frozen=("stem", prefix)), tmp_path)
