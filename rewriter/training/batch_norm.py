@@ -37,7 +37,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.channel_operators import AFFINE, NORMALIZE, STATISTICS
+from rewriter.channel_operators import AFFINE, NORMALIZE, STATISTICS, all_but_channels
 from rewriter.fake_quantize import DOMAIN
 from rewriter.fold.batch_norm import Folded, Trained, TrainingFold
 from rewriter.initializers import add_initializer
@@ -411,12 +411,16 @@ def _of_float_layer(
 
 def _unbiased(emit: Emitter, x: ir.Value, variance: ir.Value) -> ir.Value:
     """n / (n - 1) times the variance, n elements a channel; one element has none."""
-    size, channels = (emit.op("Size", value, shape=[], dtype=ir.DataType.INT64) for value in (x, variance))
-    count = emit.op("Div", size, channels, shape=[], dtype=ir.DataType.INT64)
-    n = emit.op("Cast", count, shape=[], to=ir.DataType.FLOAT.value)
-    one = emit.constant(1.0)
-    others = emit.op("Max", emit.op("Sub", n, one, shape=[]), one, shape=[])
-    return emit.op("Mul", variance, emit.op("Div", n, others, shape=[]), shape=variance.shape)
+    assert x.shape is not None
+    others = all_but_channels(len(x.shape))
+    shape = emit.op("Shape", x, shape=[len(x.shape)], dtype=ir.DataType.INT64)
+    axes = emit.constant(others, np.int64)
+    sizes = emit.op("Gather", shape, axes, shape=[len(others)], dtype=ir.DataType.INT64, axis=0)
+    # A sum of ones, as in rewriter.gradients: a cast of Size would be computed on the CPU.
+    ones = emit.op("ConstantOfShape", sizes, shape=None, value=ir.tensor(np.ones(1, np.float32)))
+    n, one = emit.op("ReduceSum", ones, shape=[], keepdims=0), emit.constant(1.0)
+    less = emit.op("Max", emit.op("Sub", n, one, shape=[]), one, shape=[])
+    return emit.op("Mul", variance, emit.op("Div", n, less, shape=[]), shape=variance.shape)
 
 
 def _present(node: ir.Node) -> list[ir.Value]:
