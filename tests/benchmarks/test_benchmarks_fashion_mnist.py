@@ -197,12 +197,12 @@ def test_other_parameterizations_begin_alike_and_differ_by_their_gradients(
 
 def test_a_trial_trains_with_its_own_optimizer_and_rate(small: Run) -> None:
     linear = Parameterization("linear", True)
-    trials = [Trial("adamw", 1e-2, 4, linear), Trial("adamw", 1.0, 4, linear), Trial("sgd", 1e-2, 4, linear)]
+    trials = [Trial("adamw", 1e-4, 4, linear), Trial("adamw", 1.0, 4, linear), Trial("sgd", 1e-4, 4, linear)]
     slow, fast, sgd = results = [run_trial(small, trial) for trial in trials]
     assert slow.crossed == 0 < fast.crossed
     assert 0 < sgd.moved < slow.moved
     assert all(np.isfinite(result.loss) and 0 <= result.top1 <= 100 for result in (slow, sgd))
     lines = fashion_parameterizations.report([*results, slow]).splitlines()
-    cells = ["adamw", "0.01", "4", "linear,", "g", f"{slow.loss:.4f}", f"{slow.top1:.2f}", "0"]
+    cells = ["adamw", "0.0001", "4", "linear,", "g", f"{slow.loss:.4f}", f"{slow.top1:.2f}", "0"]
     assert lines[1].split()[:8] == cells
     assert len(lines) == 4
