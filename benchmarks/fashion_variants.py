@@ -82,8 +82,17 @@ class Settings:
             ranges=ranges,
             batch_norm=batch_norm,
             freeze_bn_delay=freeze,
-            overrides=FIRST_AND_LAST,
+            overrides=(*FIRST_AND_LAST, *self._only_added()),
         )
+
+    def _only_added(self) -> Iterator[Override]:
+        """Results that an addition reads and no convolution: of a block's last convolution and its shortcut."""
+        for stage in range(len(self.widths)):
+            for block in range(self.blocks):
+                name = f"stage{stage + 1}.{block}"
+                yield Override(match=f"{name}.2.conv", activation_bits=8)
+                if stage and not block:
+                    yield Override(match=f"{name}.shortcut.conv", activation_bits=8)
 
 
 @dataclass(frozen=True)
