@@ -86,7 +86,7 @@ class Settings:
         )
 
     def _only_added(self) -> Iterator[Override]:
-        """Results that an addition reads and no convolution: of a block's last convolution and its shortcut."""
+        """Results that only an addition reads: of a block's last convolution and of its shortcut."""
         for stage in range(len(self.widths)):
             for block in range(self.blocks):
                 name = f"stage{stage + 1}.{block}"
