@@ -19,8 +19,8 @@ Every row starts from the same float model of its seed, which our own path train
 * PyTorch QAT (with --torch-python): see `benchmarks.fashion_torch`. Quantizers, their calibrated start,
   schedule and batches are those of "QAT, learned ranges".
 * Bits: of the weights and the inputs of all convolutions. The first and the last layer have 8 for their
-  weight and their input (`FIRST_AND_LAST`), and with the first one's input its result, which the recipe cannot
-  tell apart; so have results that only an addition reads, which models in PyTorch commonly leave in float.
+  weight and their input (`FIRST_AND_LAST`), and with the first one's input its result, which the recipe
+  cannot tell apart; so have results that only an addition reads, which PyTorch models often leave in float.
 
 Accuracy is top-1 on the test images of the file that `finalize` wrote, in plain onnxruntime with its default
 optimizations; of the PyTorch rows that of the fake-quantized network in PyTorch. No model is chosen by it.
