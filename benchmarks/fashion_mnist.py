@@ -76,9 +76,9 @@ FULL: Final = Settings(
     test_samples=10000,
     batch_size=128,
     float_epochs=5,
-    qat_epochs=3,
+    qat_epochs=2,
     float_rate=3e-3,
-    qat_rate=1e-3,
+    qat_rate=5e-3,
     frozen_share=0.25,
 )
 SHORT: Final = Settings(
@@ -91,7 +91,7 @@ SHORT: Final = Settings(
     float_epochs=2,
     qat_epochs=1,
     float_rate=3e-3,
-    qat_rate=1e-3,
+    qat_rate=5e-3,
     frozen_share=0.25,
 )
 SHORT_BITS: Final = (8, 2)
