@@ -7,8 +7,8 @@ Every row starts from the same float model of its seed, which our own path train
 
 * Network: the residual network of `benchmarks.resnet` with 135 thousand weights, see `FULL`; data:
   `examples.fashion_mnist`, pixels in 0..1, one of two images mirrored at random while training, the same ones
-  for every row of a seed. Of the 60000 training images the first 50000 are used, so that three seeds take less
-  than an hour on two CPUs.
+  for every row of a seed. Of the 60000 training images the first 50000 are used, so that three seeds take
+  less than an hour on two CPUs.
 * Every training: AdamW without weight decay, a learning rate that falls to 0 along a half cosine, batches of
   128 in an order drawn from the seed; 5 epochs in float from scratch, then 3 for every other row.
 * float: batch norm with batch statistics; exported with its running statistics, training_mode 0. `float,
