@@ -24,7 +24,7 @@ from rewriter import bundle as bundles
 from rewriter.channel_operators import lower_channel_operators
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
-from rewriter.fold.batch_norm import FoldReport
+from rewriter.fold.report import FoldReport
 from rewriter.gradients import differentiate, trainability
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
