@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rewriter.bundle import read_manifest, write_zip
     from rewriter.errors import ErrorCode, QatError
     from rewriter.finalize import Agreement, FinalizeReport, finalize
-    from rewriter.finetune import Evaluation, FinetuneReport, finetune
+    from rewriter.finetune import Evaluation, FinetuneReport, LogRecord, Phase, finetune
     from rewriter.manifest import Manifest
     from rewriter.prepare import prepare
     from rewriter.progress import Progress
@@ -33,8 +33,10 @@ __all__ = [
     "FinalizeReport",
     "FinetuneReport",
     "GraphLoss",
+    "LogRecord",
     "Manifest",
     "Override",
+    "Phase",
     "Progress",
     "QatError",
     "Recipe",
@@ -54,8 +56,10 @@ _MODULES: Final = {
     "FinalizeReport": "finalize",
     "FinetuneReport": "finetune",
     "GraphLoss": "recipe",
+    "LogRecord": "finetune",
     "Manifest": "manifest",
     "Override": "recipe",
+    "Phase": "finetune",
     "Progress": "progress",
     "QatError": "errors",
     "Recipe": "recipe",

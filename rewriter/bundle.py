@@ -23,6 +23,8 @@ OPTIMIZER_MODEL: Final = "optimizer_model.onnx"
 CHECKPOINT: Final = "checkpoint"
 # What fine-tuning writes beside the prepared checkpoint, which stays as the manifest describes it.
 TRAINED_CHECKPOINT: Final = "trained_checkpoint"
+# What an interrupted fine-tuning goes on from.
+TRAINING_STATE: Final = "training_state"
 
 _CHUNK: Final = 1 << 20
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

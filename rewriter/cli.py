@@ -1,7 +1,7 @@
 """`onnx-qat`: the library from the command line.
 
 Exit status: 0 done; 1 the model or the data cannot be processed (one line on standard error: reason, code,
-node); 2 wrong usage, a wrong recipe included.
+node); 2 wrong usage, a wrong recipe included; 128 + signal: `finetune` was stopped and can be resumed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
-import rich.console
-import rich.progress
 import typer
 
 import rewriter
 from rewriter.errors import ErrorCode, QatError
 from rewriter.installation import Device
-from rewriter.progress import Progress
+from rewriter.watching import interruptible, progress_bar, training_log
 
 app = typer.Typer(
     help="Quantization-aware training for ONNX files.",
@@ -51,7 +49,7 @@ def prepare(
     """Turn a float model into a bundle that trains with stock onnxruntime-training."""
     with _errors_to_exit_status():
         chosen = _recipe(recipe, settings or [])
-        with _progress() as progress:
+        with progress_bar() as progress:
             manifest = rewriter.prepare(
                 model, output, recipe=chosen, calibration=calibration, replace=force, progress=progress
             )
@@ -71,26 +69,78 @@ def finetune(
     bundle: Annotated[pathlib.Path, typer.Argument(help="Bundle directory.")],
     data: Annotated[pathlib.Path, typer.Option(help="npz: graph inputs and labels/targets.")],
     evaluation: Annotated[pathlib.Path | None, typer.Option("--eval", help="npz to evaluate on.")] = None,
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option("-o", "--output", help="Checkpoint to write.", show_default="BUNDLE/trained_checkpoint"),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Of the first step; more than 0.")] = 1e-3,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--lr", help="The largest; falls to 0 along a cosine.", show_default="adamw 1e-3, sgd 5e-2"
+        ),
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises to that.")] = 0,
     device: Annotated[Device, typer.Option()] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the samples.")] = 0,
+    checkpoint: Annotated[
+        pathlib.Path | None, typer.Option(help="Start a new run from its weights; default: the bundle's own.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, to the same result.")
+    ] = False,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two resumable checkpoints; default: none.")
+    ] = None,
+    state: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="The resumable checkpoint.", show_default="BUNDLE/training_state"),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two evaluations; default: every epoch.")
+    ] = None,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between two log lines.")] = 50,
+    log: Annotated[
+        pathlib.Path | None, typer.Option(help="File for the log as JSON lines; --resume appends to it.")
+    ] = None,
 ) -> None:
-    """Train a bundle with onnxruntime-training, into the bundle's trained_checkpoint."""
-    with _errors_to_exit_status():
-        with _progress() as progress:
-            report = rewriter.finetune(
-                bundle,
-                data,
-                evaluation=evaluation,
-                epochs=epochs,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                device=device,
-                seed=seed,
-                progress=progress,
-            )
+    """Train a bundle with onnxruntime-training, into the bundle's trained_checkpoint.
+
+    Ctrl-C and SIGTERM end it after the current step, with a checkpoint that --resume goes on from; the exit
+    status is then 130 or 143.
+    """
+    with _errors_to_exit_status(), interruptible() as stop:
+        try:
+            with training_log(log, append=resume) as (progress, write):
+                report = rewriter.finetune(
+                    bundle,
+                    data,
+                    evaluation=evaluation,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    accumulate=accumulate,
+                    learning_rate=learning_rate,
+                    warmup=warmup,
+                    device=device,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    checkpoint_out=output,
+                    resume=resume,
+                    save_every=save_every,
+                    training_state=state,
+                    eval_every=eval_every,
+                    log_every=log_every,
+                    log=write,
+                    stop=stop,
+                    progress=progress,
+                )
+        except QatError as error:
+            if error.code != ErrorCode.TRAINING_INTERRUPTED or stop.signal is None:
+                raise
+            print(error, file=sys.stderr)
+            raise typer.Exit(128 + stop.signal) from error
         print(report)
 
 
@@ -107,7 +157,7 @@ def finalize(
 ) -> None:
     """Turn a bundle and a checkpoint into an int8 model for stock onnxruntime."""
     with _errors_to_exit_status():
-        with _progress() as progress:
+        with progress_bar() as progress:
             report = rewriter.finalize(
                 bundle, output, checkpoint=checkpoint, verify=verify, progress=progress
             )
@@ -164,24 +214,3 @@ def _errors_to_exit_status() -> Iterator[None]:
     except OSError as error:  # of the system, not of what it was given: no temporary directory, a bad disk
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar on standard error, one line a stage; nothing where that is not a terminal."""
-    console = rich.console.Console(stderr=True)
-    columns = (
-        rich.progress.TextColumn("{task.description:<14}"),
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TimeElapsedColumn(),
-    )
-    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, rich.progress.TaskID] = {}
-
-        def report(stage: str, fraction: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            bar.update(tasks[stage], completed=fraction)
-
-        yield report

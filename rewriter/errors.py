@@ -48,6 +48,9 @@ class ErrorCode(enum.StrEnum):
     # Running: calibration, fine-tuning, verification.
     RUN_FAILED = "run_failed"  # onnxruntime refused or failed to run the graph
     TRAINING_DIVERGED = "training_diverged"
+    TRAINING_INTERRUPTED = "training_interrupted"  # by its caller; what it needs to go on is written
+    RESUME_UNAVAILABLE = "resume_unavailable"  # there is no interrupted run to go on with
+    RESUME_MISMATCH = "resume_mismatch"  # the interrupted run had other data or arguments
     TRAINING_RUNTIME_MISSING = "training_runtime_missing"
 
     ARGUMENT_INVALID = "argument_invalid"  # a number of epochs, a learning rate, ... that cannot be meant

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ Dimensions = tuple[int | ir.SymbolicDim, ...]
 def dims_of(value: ir.Value) -> Dimensions | None:
     """The dimensions, None where the rank is unknown."""
     return None if value.shape is None else tuple(value.shape.dims)
+
+
+def _is_named(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is not None
 
 
 def rank_of(value: ir.Value | None) -> int | None:
@@ -41,6 +46,8 @@ class Builder:
         self._graph = graph
         self.names = FreeNames(graph)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        # Products of sizes that only a run knows, by the symbols of the dimensions.
+        self.counts: dict[tuple[tuple[str, ...], ir.DataType | None], ir.Value] = {}
         self.zero_with: dict[ir.Value, ir.Value] = {}
         graph.opset_imports.setdefault(MICROSOFT, 1)
 
@@ -172,6 +179,34 @@ class Context:
         """int64 vector of one element: the size of `axis`, which may be negative."""
         return self.shape(value, axis, axis + 1 if axis != -1 else None)
 
+    def elements(self, value: ir.Value, axes: Iterable[int], like: ir.Value) -> ir.Value:
+        """How many elements `value` (of known rank) has along `axes`: a scalar of `like`'s data type."""
+        dims = dims_of(value)
+        assert dims is not None
+        chosen = [axis % len(dims) for axis in axes]
+        known = math.prod(dim for axis in chosen if isinstance(dim := dims[axis], int))
+        unknown = [axis for axis in chosen if not isinstance(dims[axis], int)]
+        if not unknown:
+            return self.scalar(known, like)
+        symbols = tuple(
+            str(dims[axis]) if _is_named(dims[axis]) else f"{value.name}:{axis}" for axis in unknown
+        )
+        counts = self._builder.counts
+        if (symbols, like.dtype) not in counts:
+            sizes = [self.dimension(value, axis) for axis in unknown]
+            shape = sizes[0] if len(sizes) == 1 else self.op("Concat", *sizes, axis=0)
+            counts[symbols, like.dtype] = self.product(shape, like)
+        return self.times(counts[symbols, like.dtype], known)
+
+    def product(self, sizes: ir.Value, like: ir.Value) -> ir.Value:
+        """The product of an int64 vector of sizes, as a scalar of `like`'s data type: a sum of ones.
+
+        Cast(Size) would be computed on the CPU, where CUDA's Shape and Size write, and copied to the GPU in
+        every step; the shape of the ones is read on the CPU.
+        """
+        one = np.ones(1, (like.dtype or ir.DataType.FLOAT).numpy())
+        return self.op("ReduceSum", self.op("ConstantOfShape", sizes, value=ir.tensor(one)), keepdims=0)
+
     def reshape_like(self, gradient: ir.Value, value: ir.Value) -> ir.Value:
         return self.op("Reshape", gradient, self.shape(value), **_ZERO_IS_ZERO)
 
@@ -226,7 +261,7 @@ class Context:
             return self.op("Reshape", total, self.ints(*target)) if target else total
         axes = broadcast_axes(dims_of(operand), dims)
         if axes is None or dims is None:
-            return self._sum_to_at_run_time(gradient, operand)
+            return self._sum_to_at_run_time(gradient, operand, None if dims is None else len(dims))
         if not axes:
             return gradient
         added = len(dims) - (rank_of(operand) or 0)
@@ -234,11 +269,31 @@ class Context:
         total = self.op("ReduceSum", gradient, self.ints(*axes), keepdims=int(not only_added))
         return total if only_added or not added else self.op("Squeeze", total, self.ints(*range(added)))
 
-    def _sum_to_at_run_time(self, gradient: ir.Value, operand: ir.Value) -> ir.Value:
+    def _sum_to_at_run_time(self, gradient: ir.Value, operand: ir.Value, rank: int | None) -> ir.Value:
+        """Sums the axes that are 1 in the operand. All but the sum is arithmetic on shapes, which onnxruntime
+        does on the CPU, where shapes are and where the sum reads its axes, also when the sum is on a GPU."""
         shape = self.op("Shape", operand)
-        axes = self.ms("BroadcastGradientArgs", shape, self.op("Shape", gradient))
+        aligned = self._aligned(shape, rank_of(operand), gradient, rank)
+        axes = self._positions(self.op("Equal", aligned, self.ints(1)))
         total = self.op("ReduceSum", gradient, axes, keepdims=1, noop_with_empty_axes=1)
         return self.op("Reshape", total, shape, **_ZERO_IS_ZERO)
+
+    def _aligned(
+        self, shape: ir.Value, own_rank: int | None, gradient: ir.Value, rank: int | None
+    ) -> ir.Value:
+        """The shape with as many ones before it as the gradient, of rank `rank`, has more dimensions."""
+        if rank is not None and own_rank is not None:
+            ones = self.ints(*[1] * (rank - own_rank))
+            return self.op("Concat", ones, shape, axis=0) if rank > own_rank else shape
+        dims = self.op("Shape", gradient)
+        true = self.op("Equal", dims, dims)
+        ones = self.op("Cast", true, to=ir.DataType.INT64.value)
+        last = self.add(self._positions(true), self.op("Size", shape))
+        return self.op("Gather", self.op("Concat", ones, shape, axis=0), last)
+
+    def _positions(self, mask: ir.Value) -> ir.Value:
+        """int64 vector of the positions at which a vector of truth values holds."""
+        return self.op("Reshape", self.op("NonZero", mask), self.ints(-1))
 
 
 # Reshape to a shape that was read off a tensor: a 0 in it is a size, not "copy this dimension".

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context
+from rewriter.gradients.context import Context, rank_of
 from rewriter.gradients.registry import Gradients, rule
 from rewriter.initializers import constant_array
 
@@ -109,9 +109,9 @@ def _one_channel(ctx: Context, value: ir.Value) -> ir.Value:
 
 @rule("GlobalAveragePool")
 def global_average_pool(ctx: Context, dy: ir.Value) -> Gradients:
-    x = ctx.input(0)
-    count = ctx.div(ctx.op("Size", x), ctx.op("Size", dy))
-    return [ctx.expand_like(ctx.div(dy, ctx.as_float(count, dy)), x)]
+    x, rank = ctx.input(0), rank_of(ctx.input(0))
+    count = ctx.product(ctx.shape(x, 2), dy) if rank is None else ctx.elements(x, range(2, rank), dy)
+    return [ctx.expand_like(ctx.div(dy, count), x)]
 
 
 @rule("GlobalMaxPool")

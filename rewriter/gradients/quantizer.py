@@ -178,12 +178,12 @@ def _gradient_scale(ctx: Context, quantizer: FakeQuantize) -> ir.Value:
         numbers = [dim for dim in shared if isinstance(dim, int)]
         if len(numbers) == len(shared):
             return ctx.scalar(1 / math.sqrt(max(math.prod(numbers), 1) * qmax), quantizer.scale)
-    count = ctx.op("Size", x)
-    if per_sample:
-        count = ctx.div(count, ctx.op("Squeeze", ctx.op("Shape", x, start=0, end=1)))
-    if quantizer.axis is not None and not (per_sample and _axis(quantizer) == 0):
-        count = ctx.div(count, ctx.op("Size", quantizer.scale))
-    elements = ctx.as_float(count, quantizer.scale)
+    first = int(per_sample)
+    if dims is None:  # one scale for all of it
+        elements = ctx.product(ctx.shape(x, first), quantizer.scale)
+    else:
+        axes = [axis for axis in range(first, len(dims)) if axis != _axis(quantizer)]
+        elements = ctx.elements(x, axes, quantizer.scale)
     return ctx.op("Reciprocal", ctx.op("Sqrt", ctx.times(elements, float(qmax))))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context
+from rewriter.gradients.context import Context, rank_of
 from rewriter.gradients.registry import Gradients, rule
+from rewriter.initializers import constant_array
 
 
 @rule("ReduceSum", any_float=True)
@@ -15,10 +16,8 @@ def reduce_sum(ctx: Context, dy: ir.Value) -> Gradients:
 
 @rule("ReduceMean", any_float=True)
 def reduce_mean(ctx: Context, dy: ir.Value) -> Gradients:
-    x = ctx.input(0)
-    count = ctx.div(ctx.op("Size", x), ctx.op("Size", dy))
-    share = ctx.div(dy, ctx.as_float(count, dy))
-    return [ctx.expand_like(_with_reduced_axes(ctx, share), x)]
+    share = ctx.div(dy, _reduced_elements(ctx, dy))
+    return [ctx.expand_like(_with_reduced_axes(ctx, share), ctx.input(0))]
 
 
 @rule("ReduceSumSquare", any_float=True)
@@ -62,6 +61,19 @@ def _with_reduced_axes(ctx: Context, value: ir.Value) -> ir.Value:
     if ctx.node.attributes.get_int("keepdims", 1) or axes is None:
         return value  # without axes: either nothing was reduced, or a scalar is left
     return ctx.op("Unsqueeze", value, axes)
+
+
+def _reduced_elements(ctx: Context, dy: ir.Value) -> ir.Value:
+    """How many elements of the input go into one of the output; a scalar."""
+    x, axes = ctx.input(0), _axes(ctx)
+    rank, known = rank_of(x), None if axes is None else constant_array(axes)
+    if rank is None or (axes is not None and known is None):
+        count = ctx.div(ctx.op("Size", x), ctx.op("Size", dy))
+        return ctx.product(ctx.op("Reshape", count, ctx.ints(-1)), dy)
+    reduced = [] if known is None else [int(axis) for axis in known]
+    if not reduced and not ctx.node.attributes.get_int("noop_with_empty_axes", 0):
+        reduced = list(range(rank))
+    return ctx.elements(x, reduced, dy)
 
 
 def _axes(ctx: Context) -> ir.Value | None:

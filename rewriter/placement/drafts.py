@@ -59,19 +59,22 @@ def plan_of(decision: Decision, model: ir.Model, recipe: Recipe) -> Plan:
     )
 
 
-def weight_axis(weight: WeightOperand, settings: NodeSettings) -> int | None:
+def weight_axis(weight: WeightOperand, settings: NodeSettings, *, symmetric: bool) -> int | None:
     """Quantization axis of a weight, None for one scale."""
-    axis = weight.axis if settings.per_channel else None
+    if not settings.per_channel or not symmetric:
+        return None
+    axis = weight.axis
     if axis is not None and weight.value.shape is not None and weight.value.shape[axis] == 1:
         return None  # one channel has one scale; onnxruntime's QGemm does not take it as a vector
     return axis
 
 
-def coarser_weight(weight: WeightOperand | None, settings: NodeSettings) -> str | None:
-    """A note where the recipe asks for one scale per channel and the weight has no axis for that."""
-    if weight is None or weight.axis is not None or not settings.per_channel:
+def coarser_weight(weight: WeightOperand | None, settings: NodeSettings, *, symmetric: bool) -> str | None:
+    """A note where the recipe asks for one scale per channel and the weight cannot have them."""
+    if weight is None or not settings.per_channel or (symmetric and weight.axis is not None):
         return None
-    return f"quantized with one scale for the whole weight: {weight.why_no_axis}"
+    why = weight.why_no_axis if symmetric else "onnxruntime's QLinearConv takes no zero point per channel"
+    return f"quantized with one scale for the whole weight: {why}"
 
 
 def activation_position(value: ir.Value, order: Order) -> tuple[int, int]:

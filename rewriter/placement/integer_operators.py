@@ -54,7 +54,7 @@ def decide(graph: ir.Graph, recipe: Recipe, policy: TargetPolicy, operators: Int
     notes = [
         Skipped(one.node.name or "", one.node.op_type, note)
         for one in candidates
-        if (note := coarser_weight(one.weight, one.settings)) is not None
+        if (note := _coarser_weight(one, policy)) is not None
     ]
     return Decision(
         drafts=[
@@ -73,8 +73,8 @@ def _weight_drafts(candidates: Sequence[Candidate], policy: TargetPolicy, order:
         if weight is None or candidate.node.inputs[weight.index] is not weight.value:
             continue  # no weight, or one that came with a quantizer
         settings = candidate.settings
-        axis = weight_axis(weight, settings)
         symmetric = policy.symmetric_weights or settings.symmetric
+        axis = weight_axis(weight, settings, symmetric=symmetric)
         key = (weight.value, settings.weight_bits, symmetric, axis, settings.ranges, settings.quant_delay)
         sharers.setdefault(key, []).append(candidate.node)
     return [
@@ -94,6 +94,11 @@ def _weight_drafts(candidates: Sequence[Candidate], policy: TargetPolicy, order:
         )
         for (value, bits, symmetric, axis, ranges, quant_delay), nodes in sharers.items()
     ]
+
+
+def _coarser_weight(candidate: Candidate, policy: TargetPolicy) -> str | None:
+    symmetric = policy.symmetric_weights or candidate.settings.symmetric
+    return coarser_weight(candidate.weight, candidate.settings, symmetric=symmetric)
 
 
 def _activation_drafts(

@@ -7,8 +7,9 @@ Rules:
    them count as variables. `placement.layer_patterns` says which of them match, and with which nodes. A layer
    without bias, known activation and layer behind it matches nothing and gets nothing, weight included.
 2. The weight of a match gets one quantizer for all that read it, narrow, asymmetric unless the recipe says
-   `symmetric`. Bits are the most that one of its layers asks for; one scale for all where layers that share
-   it have their output channels along different axes.
+   `symmetric`. Asymmetric ones have one scale, as all had in TensorFlow: onnxruntime's QLinearConv fails on
+   zero points per channel. Symmetric ones follow `per_channel`, if all layers that share the weight have
+   their output channels along one axis. Bits are the most that one of these layers asks for.
 3. The end of a match (activation, bias add, or the first of two convolutions) gets one for all that read it.
 4. So does the bias add before a bypass Add.
 5. So does an Add behind an activation, unless a Relu reads it.
@@ -139,8 +140,8 @@ class _Placement:
         self, value: ir.Value, layers: Sequence[ir.Node], nodes: Sequence[ir.Node]
     ) -> Quantizer:
         settings = max(map(self._settings, layers), key=lambda one: one.weight_bits)
-        symmetric = self._policy.symmetric_weights or settings.symmetric
-        axes = {weight_axis(self._layers[layer], self._settings(layer)) for layer in layers}
+        symmetric = self._is_symmetric(settings)
+        axes = {self._weight_axis(layer) for layer in layers}
         return Quantizer(
             name=value.name or "",
             kind="weight",
@@ -222,6 +223,14 @@ class _Placement:
     def _settings(self, node: ir.Node) -> NodeSettings:
         return settings_for(node, self._recipe)
 
+    def _is_symmetric(self, settings: NodeSettings) -> bool:
+        """Whether weights are."""
+        return self._policy.symmetric_weights or settings.symmetric
+
+    def _weight_axis(self, layer: ir.Node) -> int | None:
+        settings = self._settings(layer)
+        return weight_axis(self._layers[layer], settings, symmetric=self._is_symmetric(settings))
+
     def _are_in_scope(self, nodes: Iterable[ir.Node]) -> bool:
         return all(in_scope(node, self._recipe) and self._settings(node).quantize for node in nodes)
 
@@ -232,12 +241,12 @@ class _Placement:
     def _coarser_weight(self, layer: ir.Node) -> str | None:
         weight, settings = self._layers[layer], self._settings(layer)
         draft = self.drafts.get(weight.value)
-        if draft is not None and draft.quantizer.axis != weight_axis(weight, settings):
+        if draft is not None and draft.quantizer.axis != self._weight_axis(layer):
             return (
                 "quantized with one scale for the whole weight: the layers that share it have their output "
                 "channels along different axes"
             )
-        return coarser_weight(weight, settings)
+        return coarser_weight(weight, settings, symmetric=self._is_symmetric(settings))
 
     def _why_not(self, layer: ir.Node) -> str:
         if not in_scope(layer, self._recipe):

@@ -37,7 +37,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.channel_operators import AFFINE, STATISTICS
+from rewriter.channel_operators import AFFINE, NORMALIZE, STATISTICS, all_but_channels
 from rewriter.fake_quantize import DOMAIN
 from rewriter.fold.batch_norm import Folded, Trained, TrainingFold
 from rewriter.initializers import add_initializer
@@ -220,7 +220,26 @@ class TrainingBatchNorms:
         readers = _Readers.of(adder.outputs[0])
         bias = _take_bias(layer, unfolded.bias) if fold.add is None else unfolded.bias
         emit = Emitter(self._graph, self._names, unfolded.folded.batch_norm, layer)
-        epsilon = emit.constant(fold.epsilon)
+        frozen = self._frozen(fold.freeze_bn_delay)
+        if self._training.statistics == "quantized_layer" and frozen is None:
+            y, mean, variance = _normalized(emit, z, values, fold.epsilon)
+        else:
+            a, b, mean, variance = self._batch_affine(emit, layer, unfolded)
+            if frozen is not None:
+                if bias.shape != shape:
+                    bias = emit.op("Reshape", bias, emit.constant([-1], np.int64), shape=shape)
+                a = emit.op("Where", frozen, emit.constant(1.0), a, shape=shape)
+                b = emit.op("Where", frozen, bias, b, shape=shape)
+            y = emit.op(AFFINE, z, a, b, shape=z.shape, domain=DOMAIN)
+        readers.read(y, self._names)
+        self._update(emit, (values.mean, values.variance), z, mean, variance, fold.momentum, frozen)
+
+    def _batch_affine(
+        self, emit: Emitter, layer: ir.Node, unfolded: Unfolded
+    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """What the batch makes of z before the freeze, a z + b, and mean and variance of u."""
+        fold, values, z = unfolded.fold, unfolded.values, layer.outputs[0]
+        shape, epsilon = values.gamma.shape, emit.constant(fold.epsilon)
         if self._training.statistics == "float_layer":
             u = _float_layer(emit, layer, fold.weight_index, unfolded.original)
             mean, variance = _statistics(emit, u, shape)
@@ -230,19 +249,11 @@ class TrainingBatchNorms:
             scaled_mean = emit.op("Mul", values.gamma, normalized, shape=shape)
         else:
             z_mean, z_variance = _statistics(emit, z, shape)
-            mean, variance = _of_float_layer(emit, values, z_mean, z_variance)
+            mean, variance = _of_float_layer(emit, values, z_mean, z_variance, _is_known(emit, values))
             deviation = emit.op("Sqrt", emit.op("Add", variance, epsilon, shape=shape), shape=shape)
             a = emit.op("Div", values.deviation, deviation, shape=shape)
             scaled_mean = emit.op("Mul", a, z_mean, shape=shape)
-        b = emit.op("Sub", values.beta, scaled_mean, shape=shape)
-        frozen = self._frozen(fold.freeze_bn_delay)
-        if frozen is not None:
-            if bias.shape != shape:
-                bias = emit.op("Reshape", bias, emit.constant([-1], np.int64), shape=shape)
-            a = emit.op("Where", frozen, emit.constant(1.0), a, shape=shape)
-            b = emit.op("Where", frozen, bias, b, shape=shape)
-        readers.read(emit.op(AFFINE, z, a, b, shape=z.shape, domain=DOMAIN), self._names)
-        self._update(emit, values, z, mean, variance, fold.momentum, frozen)
+        return a, emit.op("Sub", values.beta, scaled_mean, shape=shape), mean, variance
 
     def normalize(self, trained: Trained) -> None:
         """A batch norm of its own."""
@@ -252,19 +263,22 @@ class TrainingBatchNorms:
         x, gamma, beta, running_mean, running_variance = _present(node)
         readers, shape = _Readers.of(node.outputs[0]), gamma.shape
         emit = Emitter(self._graph, self._names, trained.node, node)
-        batch_mean, batch_variance = _statistics(emit, x, shape)
-        mean, variance, frozen = batch_mean, batch_variance, self._frozen(trained.freeze_bn_delay)
-        if frozen is not None:
-            mean = emit.op("Where", frozen, running_mean, mean, shape=shape)
-            variance = emit.op("Where", frozen, running_variance, variance, shape=shape)
-        epsilon = emit.constant(node.attributes.get_float("epsilon", 1e-5))
-        deviation = emit.op("Sqrt", emit.op("Add", variance, epsilon, shape=shape), shape=shape)
-        a = emit.op("Div", gamma, deviation, shape=shape)
-        b = emit.op("Sub", beta, emit.op("Mul", a, mean, shape=shape), shape=shape)
-        readers.read(emit.op(AFFINE, x, a, b, shape=x.shape, domain=DOMAIN), self._names)
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        frozen = self._frozen(trained.freeze_bn_delay)
+        if frozen is None:
+            epsilons = emit.constant(np.full(() if shape is None else shape.numpy(), epsilon))
+            y, batch_mean, batch_variance = _normalize(emit, x, gamma, beta, epsilons)
+        else:
+            batch_mean, batch_variance = _statistics(emit, x, shape)
+            mean = emit.op("Where", frozen, running_mean, batch_mean, shape=shape)
+            variance = emit.op("Where", frozen, running_variance, batch_variance, shape=shape)
+            shifted = emit.op("Add", variance, emit.constant(epsilon), shape=shape)
+            a = emit.op("Div", gamma, emit.op("Sqrt", shifted, shape=shape), shape=shape)
+            b = emit.op("Sub", beta, emit.op("Mul", a, mean, shape=shape), shape=shape)
+            y = emit.op(AFFINE, x, a, b, shape=x.shape, domain=DOMAIN)
+        readers.read(y, self._names)
         momentum = node.attributes.get_float("momentum", 0.9)
-        values = BatchNormValues(gamma, beta, running_mean, running_variance, deviation, a)
-        self._update(emit, values, x, batch_mean, batch_variance, momentum, frozen)
+        self._update(emit, (running_mean, running_variance), x, batch_mean, batch_variance, momentum, frozen)
         self._graph.remove(node, safe=True)
 
     def _frozen(self, delay: int | None) -> ir.Value | None:
@@ -273,17 +287,17 @@ class TrainingBatchNorms:
     def _update(
         self,
         emit: Emitter,
-        values: BatchNormValues,
+        running: tuple[ir.Value, ir.Value],
         x: ir.Value,
         mean: ir.Value,
         variance: ir.Value,
         momentum: float,
         frozen: ir.Value | None,
     ) -> None:
-        shape = values.mean.shape
+        shape = mean.shape
         if self._training.bessel_correction:
             variance = _unbiased(emit, x, variance)
-        for state, batch in ((values.mean, mean), (values.variance, variance)):
+        for state, batch in zip(running, (mean, variance), strict=True):
             old = self._states.current(state)
             kept = emit.op("Mul", old, emit.constant(momentum), shape=shape)
             added = emit.op("Mul", batch, emit.constant(1 - momentum), shape=shape)
@@ -342,14 +356,51 @@ def _statistics(emit: Emitter, x: ir.Value, shape: ir.Shape | None) -> tuple[ir.
     return mean, variance
 
 
+def _normalize(
+    emit: Emitter, x: ir.Value, scale: ir.Value, shift: ir.Value, epsilon: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """x normalized with its own statistics, and these."""
+    shape = scale.shape
+    y, mean, variance, _ = emit.ops(
+        NORMALIZE, x, scale, shift, epsilon, shapes=(x.shape, shape, shape, shape), domain=DOMAIN
+    )
+    return y, mean, variance
+
+
+def _normalized(
+    emit: Emitter, z: ir.Value, values: BatchNormValues, epsilon: float
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """a z + beta - a mean(z) as |gamma| (z - mean(z)) / sqrt(var(z) + epsilon k^2) + beta; mean and variance
+    of u.
+
+    Where k is 0 the scale is chosen so that a is 1.
+    """
+    shape = values.gamma.shape
+    known = _is_known(emit, values)
+    square = emit.op("Mul", values.factor, values.factor, shape=shape)
+    scaled = emit.op("Mul", square, emit.constant(epsilon), shape=shape)
+    tiny = emit.constant(_SMALLEST_FACTOR)
+    epsilons = emit.op("Where", known, scaled, tiny, shape=shape)
+    magnitude = emit.op("Abs", values.gamma, shape=shape)
+    scale = emit.op("Where", known, magnitude, emit.constant(_SMALLEST_FACTOR**0.5), shape=shape)
+    y, z_mean, z_variance = _normalize(emit, z, scale, values.beta, epsilons)
+    mean, variance = _of_float_layer(emit, values, z_mean, z_variance, known)
+    return y, mean, variance
+
+
+def _is_known(emit: Emitter, values: BatchNormValues) -> ir.Value:
+    """Where z says something of u."""
+    size = emit.op("Abs", values.factor, shape=values.factor.shape)
+    smallest = emit.constant(_SMALLEST_FACTOR)
+    return emit.op("Greater", size, smallest, shape=size.shape, dtype=ir.DataType.BOOL)
+
+
 def _of_float_layer(
-    emit: Emitter, values: BatchNormValues, z_mean: ir.Value, z_variance: ir.Value
+    emit: Emitter, values: BatchNormValues, z_mean: ir.Value, z_variance: ir.Value, known: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Mean and variance of u = z / k."""
-    shape, k = values.factor.shape, values.factor
-    size, smallest = emit.op("Abs", k, shape=shape), emit.constant(_SMALLEST_FACTOR)
-    known = emit.op("Greater", size, smallest, shape=shape, dtype=ir.DataType.BOOL)
-    k = emit.op("Where", known, k, emit.constant(1.0), shape=shape)
+    shape = values.factor.shape
+    k = emit.op("Where", known, values.factor, emit.constant(1.0), shape=shape)
     mean = emit.op("Div", z_mean, k, shape=shape)
     variance = emit.op("Div", emit.op("Div", z_variance, k, shape=shape), k, shape=shape)
     return (
@@ -360,12 +411,16 @@ def _of_float_layer(
 
 def _unbiased(emit: Emitter, x: ir.Value, variance: ir.Value) -> ir.Value:
     """n / (n - 1) times the variance, n elements a channel; one element has none."""
-    size, channels = (emit.op("Size", value, shape=[], dtype=ir.DataType.INT64) for value in (x, variance))
-    count = emit.op("Div", size, channels, shape=[], dtype=ir.DataType.INT64)
-    n = emit.op("Cast", count, shape=[], to=ir.DataType.FLOAT.value)
-    one = emit.constant(1.0)
-    others = emit.op("Max", emit.op("Sub", n, one, shape=[]), one, shape=[])
-    return emit.op("Mul", variance, emit.op("Div", n, others, shape=[]), shape=variance.shape)
+    assert x.shape is not None
+    others = all_but_channels(len(x.shape))
+    shape = emit.op("Shape", x, shape=[len(x.shape)], dtype=ir.DataType.INT64)
+    axes = emit.constant(others, np.int64)
+    sizes = emit.op("Gather", shape, axes, shape=[len(others)], dtype=ir.DataType.INT64, axis=0)
+    # A sum of ones, as in rewriter.gradients: a cast of Size would be computed on the CPU.
+    ones = emit.op("ConstantOfShape", sizes, shape=None, value=ir.tensor(np.ones(1, np.float32)))
+    n, one = emit.op("ReduceSum", ones, shape=[], keepdims=0), emit.constant(1.0)
+    less = emit.op("Max", emit.op("Sub", n, one, shape=[]), one, shape=[])
+    return emit.op("Mul", variance, emit.op("Div", n, less, shape=[]), shape=variance.shape)
 
 
 def _present(node: ir.Node) -> list[ir.Value]:

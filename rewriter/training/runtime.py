@@ -122,6 +122,12 @@ def open_session(
         optimizer = api.Optimizer(bundle / bundles.OPTIMIZER_MODEL, module)
     except RuntimeError as error:
         raise run_failed("onnxruntime-training cannot load the bundle", error, bundle) from error
+    except IndexError as error:  # a moment that it looks for in vain
+        raise QatError(
+            ErrorCode.CHECKPOINT_INVALID,
+            f"{path.name} holds the state of another optimizer than the bundle's.",
+            file=path.name,
+        ) from error
     return TrainingSession(module, optimizer, state)
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import rewriter
 from rewriter.cli import app
+from tests.rewriter.small_bundles import THIS_CHECKOUT, require_same_parameters
 
 SAMPLES = 20
 
@@ -95,13 +96,60 @@ def test_finetune_writes_what_finalize_takes_by_default(folder: Path) -> None:
     assert before == prepared != after
 
 
-def test_progress_is_shown_on_a_terminal(folder: Path) -> None:
+def test_finetune_prints_a_line_a_record_and_logs_them_for_a_machine(folder: Path) -> None:
+    run("prepare", "model.onnx", "-o", "bundle", "--calibration", "data.npz")
+    options = ("--eval", "data.npz", "--epochs", "3", "--batch-size", "5", "--log-every", "6")
+    trained = run("finetune", "bundle", "--data", "data.npz", *options, "--log", "log.jsonl")
+    lines = [line.split() for line in trained.stdout.splitlines() if line.startswith("epoch")]
+    assert [line[3] for line in lines if line[4] == "loss"] == ["1/12", "4/12", "6/12", "8/12", "12/12"]
+    assert [line[3] for line in lines if line[4] == "evaluation"] == ["0/12", "4/12", "8/12", "12/12"]
+    assert all(line[-1] == "quantized" for line in lines)
+    logged = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    assert [f"{record['step']}/{record['steps']}" for record in logged] == [line[3] for line in lines]
+    assert {record["event"] for record in logged} == {"step", "evaluation"}
+    evaluations = [record for record in logged if record["event"] == "evaluation"]
+    assert all(0 <= record["accuracy"] <= 1 for record in evaluations)
+
+
+def test_the_options_of_finetune_are_those_of_the_library(folder: Path) -> None:
+    run("prepare", "model.onnx", "-o", "bundle", "--calibration", "data.npz")
+    run(
+        *("finetune", "bundle", "--data", "data.npz", "-o", "cli", "--checkpoint", "bundle/checkpoint"),
+        *("--epochs", "4", "--batch-size", "3", "--accumulate", "2", "--lr", "0.01", "--warmup", "2"),
+        *("--seed", "7", "--save-every", "2", "--state", "state"),
+    )
+    report = rewriter.finetune(
+        Path("bundle"),
+        Path("data.npz"),
+        checkpoint_out=Path("library"),
+        epochs=4,
+        batch_size=3,
+        accumulate=2,
+        learning_rate=0.01,
+        warmup=2,
+        seed=7,
+    )
+    assert report.steps == 4 * 3
+    require_same_parameters(Path("cli"), Path("library"))
+    assert not Path("state").exists()  # it was done with
+
+
+def test_a_log_that_cannot_be_written_is_said_before_training(folder: Path) -> None:
+    run("prepare", "model.onnx", "-o", "bundle")
+    result = CliRunner().invoke(app, ["finetune", "bundle", "--data", "data.npz", "--log", "no/log"])
+    assert result.exit_code == 1
+    assert "output_unwritable" in result.stderr
+    assert not Path("bundle/trained_checkpoint").exists()
+
+
+def on_a_terminal(*arguments: str, everything: bool = False) -> bytes:
+    """What a command shows on a terminal that its standard error is, or everything of it."""
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "typer", "rewriter.cli", "run", "prepare", "model.onnx", "-o", "bundle"],
-        stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "typer", "rewriter.cli", "run", *arguments],
+        stdout=theirs if everything else subprocess.DEVNULL,
         stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        env={**os.environ, **THIS_CHECKOUT, "TERM": "xterm", "COLUMNS": "120"},
     )
     os.close(theirs)
     shown = b""
@@ -113,5 +161,20 @@ def test_progress_is_shown_on_a_terminal(folder: Path) -> None:
     finally:
         os.close(terminal)
     assert process.wait() == 0, shown
+    return shown
+
+
+def test_progress_is_shown_on_a_terminal(folder: Path) -> None:
+    shown = on_a_terminal("prepare", "model.onnx", "-o", "bundle")
     for stage in (b"load", b"calibrate", b"write", b"100%"):
         assert stage in shown
+
+
+def test_on_a_terminal_finetune_shows_the_newest_step_and_every_evaluation(folder: Path) -> None:
+    run("prepare", "model.onnx", "-o", "bundle", "--calibration", "data.npz")
+    options = ("--data", "data.npz", "--eval", "data.npz", "--epochs", "3", "--batch-size", "5")
+    shown = on_a_terminal("finetune", "bundle", *options, everything=True)
+    assert shown.count(b"evaluation  loss") == 4
+    assert b"12/12  loss" in shown
+    assert b"step  1/12  loss" not in shown  # no line of its own
+    assert b"after training" in shown

@@ -6,29 +6,16 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from rewriter.errors import ErrorCode, QatError
 from rewriter.finalize import finalize
 from rewriter.finetune import finetune
-from rewriter.prepare import prepare
 from rewriter.recipe import Recipe
 from rewriter.training.checkpoint import read_checkpoint
 from rewriter.training.runtime import open_session
+from tests.rewriter.small_bundles import SAMPLES, make_bundle, write_samples
 from tests.rewriter.training import nets
-
-SAMPLES = 100
-
-
-def make_bundle(folder: Path, model: ir.Model, recipe: Recipe | None = None) -> Path:
-    """A bundle prepared with a few samples, whose own files a test can compare afterwards."""
-    ir.save(model, folder / "float.onnx")
-    shape = [dim if isinstance(dim, int) else 64 for dim in model.graph.inputs[0].shape]
-    x = np.random.default_rng(0).standard_normal((64, *shape[1:])).astype(np.float32)
-    np.savez(folder / "calibration.npz", x=x)
-    prepare(folder / "float.onnx", folder / "bundle", recipe=recipe, calibration=folder / "calibration.npz")
-    return folder / "bundle"
 
 
 @pytest.fixture
@@ -38,9 +25,7 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    x, labels = nets.batch(SAMPLES)
-    np.savez(tmp_path / "train.npz", x=x, labels=labels)
-    return tmp_path / "train.npz"
+    return write_samples(tmp_path / "train.npz")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -187,7 +172,12 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_writes_nothing(bundle: 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"epochs": 0}, {"batch_size": 0}, *({"learning_rate": r} for r in (0.0, -1e-3, np.inf, np.nan))],
+    [
+        *({name: 0} for name in ("epochs", "batch_size", "accumulate")),
+        *({name: 0} for name in ("save_every", "eval_every", "log_every")),
+        *({name: -1} for name in ("seed", "warmup")),
+        *({"learning_rate": rate} for rate in (0.0, -1e-3, 1e39, np.inf, np.nan)),
+    ],
     ids=str,
 )
 def test_numbers_that_cannot_be_meant_are_refused(bundle: Path, data: Path, arguments: dict) -> None:
@@ -229,22 +219,27 @@ def test_a_last_step_that_diverges_writes_nothing(
     assert digests(bundle) == before
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [{"learning_rate": np.inf}, {"learning_rate": np.nan}, {"learning_rate": 1e39}, {"seed": -1}],
-)
-def test_an_argument_that_cannot_be_meant_is_named(bundle: Path, data: Path, argument: dict) -> None:
+def test_a_run_is_resumed_or_starts_from_a_checkpoint(bundle: Path, data: Path) -> None:
     with pytest.raises(QatError) as caught:
-        finetune(bundle, data, **argument)
-    assert (caught.value.code, caught.value.field) == (ErrorCode.ARGUMENT_INVALID, next(iter(argument)))
+        finetune(bundle, data, resume=True, checkpoint=bundle / "checkpoint")
+    assert (caught.value.code, caught.value.field) == (ErrorCode.ARGUMENT_INVALID, "checkpoint")
+
+
+def test_both_files_that_it_writes_are_checked_before_training(bundle: Path, data: Path) -> None:
+    for arguments, code in (
+        ({"training_state": bundle / "checkpoint"}, ErrorCode.OUTPUT_EXISTS),
+        ({"training_state": bundle}, ErrorCode.OUTPUT_UNWRITABLE),
+        ({"training_state": bundle / "trained_checkpoint"}, ErrorCode.ARGUMENT_INVALID),
+    ):
+        with pytest.raises(QatError) as caught:
+            finetune(bundle, data, log=lambda record: pytest.fail("it has trained"), **arguments)
+        assert caught.value.code == code
 
 
 def test_a_checkpoint_of_another_bundle_with_the_same_shapes_is_refused(
     tmp_path: Path, bundle: Path, data: Path
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    trained = finetune(make_bundle(other, nets.mlp(), Recipe(weight_bits=8)), data).checkpoint
+    trained = finetune(make_bundle(tmp_path / "other", nets.mlp(), Recipe(weight_bits=8)), data).checkpoint
     for use in (
         lambda: finetune(bundle, data, checkpoint=trained),
         lambda: finalize(bundle, tmp_path / "int8.onnx", checkpoint=trained),

@@ -12,6 +12,8 @@ def test_an_empty_recipe_has_the_documented_defaults():
     assert not recipe.symmetric
     assert recipe.per_channel
     assert recipe.ranges == "learned"
+    assert (recipe.quant_delay, recipe.freeze_bn_delay) == (0, None)
+    assert recipe.batch_norm == "fold_training"
     assert recipe.target == "onnxruntime"
     assert recipe.calibration.method == "mse"
     assert recipe.loss == "cross_entropy"
@@ -61,23 +63,40 @@ def test_text_that_is_not_a_json_object_is_refused(text):
     assert caught.value.code == ErrorCode.RECIPE_INVALID
 
 
+def test_what_this_version_cannot_do_is_said_and_not_ignored():
+    with pytest.raises(QatError) as caught:
+        Recipe.parse({"target": "tensorrt"})
+    assert caught.value.code == ErrorCode.RECIPE_UNSUPPORTED
+    assert caught.value.field == "target"
+
+
 @pytest.mark.parametrize(
-    ("fields", "field"),
+    "fields",
     [
-        ({"quant_delay": 100}, "quant_delay"),
-        ({"freeze_bn_delay": 100}, "freeze_bn_delay"),
-        ({"ranges": "moving_average"}, "ranges"),
-        ({"target": "tf_contrib"}, "target"),
-        ({"batch_norm": "fold_training"}, "batch_norm"),
-        ({"activation_bits": 16}, "activation_bits"),
-        ({"overrides": [{"match": "Add", "activation_bits": 16}]}, "overrides.0.activation_bits"),
+        {"quant_delay": 100, "freeze_bn_delay": 100},
+        {"ranges": "moving_average", "fold_statistics": "float_layer", "step_counter": "optimizer_steps"},
+        {"target": "tf_contrib", "symmetric": True, "per_channel": False},
+        {"activation_bits": 16, "overrides": [{"match": "Add", "activation_bits": 12, "ranges": "fixed"}]},
+        {"overrides": [{"match": "head", "quant_delay": 5, "freeze_bn_delay": 9, "batch_norm": "keep"}]},
     ],
 )
-def test_what_this_version_cannot_do_is_said_and_not_ignored(fields, field):
+def test_the_training_semantics_of_tf_contrib_are_there(fields):
+    recipe = Recipe.parse(fields)
+    assert recipe.model_dump(mode="json", exclude_unset=True) == fields
+
+
+def test_delays_end_where_the_float32_counter_counts_exactly():
+    assert Recipe.parse({"quant_delay": 2**24}).quant_delay == 2**24
     with pytest.raises(QatError) as caught:
-        Recipe.parse(fields)
-    assert caught.value.code == ErrorCode.RECIPE_UNSUPPORTED
-    assert caught.value.field == field
+        Recipe.parse({"quant_delay": 2**24 + 1})
+    assert caught.value.field == "quant_delay"
+
+
+def test_an_override_may_not_freeze_before_it_quantizes():
+    override = {"match": "head", "quant_delay": 10}
+    with pytest.raises(QatError, match=r"overrides\.0") as caught:
+        Recipe.parse({"freeze_bn_delay": 5, "overrides": [override]})
+    assert caught.value.field == "freeze_bn_delay"
 
 
 @pytest.mark.parametrize(

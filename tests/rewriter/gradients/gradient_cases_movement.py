@@ -110,5 +110,6 @@ REDUCTION = [
     ),
     Case("ReduceSum_axes_fed", "ReduceSum", [normal(2, 3, 4), ints(1)], {"keepdims": 0}, shapes=SHAPES),
     Case("ReduceSum_noop", "ReduceSum", [normal(2, 3), ints()], {"noop_with_empty_axes": 1}),
+    Case("ReduceMean_axes_fed", "ReduceMean", [normal(2, 3, 4), ints(0, 2)], {"keepdims": 0}, shapes=SHAPES),
     Case("ReduceMean_noop", "ReduceMean", [normal(2, 3), ints()], {"noop_with_empty_axes": 1, "keepdims": 0}),
 ]

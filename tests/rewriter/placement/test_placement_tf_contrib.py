@@ -34,7 +34,7 @@ from rewriter.recipe import Override, Recipe
 from tests.rewriter.graphs import graph, listing, ranges_of
 from tests.rewriter.placement.test_placement_invariants import networks, require_invariants
 
-TF_CONTRIB = Recipe(target="tf_contrib")
+TF_CONTRIB = Recipe(target="tf_contrib", per_channel=False)
 
 WEIGHTS = (
     "float[4,4,1,1] w, float[4] b, float[4,4,1,1] w2, float[4] b2, float[4,4,1,1] w3, float[4,1,3,3] d, "
@@ -312,10 +312,10 @@ def test_a_shared_weight_takes_the_most_bits_of_its_layers() -> None:
 
 def test_a_weight_shared_along_two_axes_has_one_scale() -> None:
     body = "c = MatMul(x, m) r = Relu(c) e = MatMul(m, r) out = Relu(e)"
-    plan = place(model_of(body), TF_CONTRIB)
+    plan = place(model_of(body), Recipe(target="tf_contrib", symmetric=True))
     assert quantizer(plan, "m").axis is None
     assert [one.node for one in plan.skipped] == ["c_node", "e_node"]
-    assert all("one scale" in one.reason for one in plan.skipped)
+    assert all("along different axes" in one.reason for one in plan.skipped)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -341,10 +341,25 @@ def test_r27_r28_bits() -> None:
     assert quantizer(plan, "w").range == IntegerRange(1, 15)
 
 
-@pytest.mark.parametrize(("per_channel", "axis"), [(True, 0), (False, None)])
-def test_per_channel_is_the_recipes(per_channel: bool, axis: int | None) -> None:
-    plan = place(model_of(CONV + " out = Relu(c)"), Recipe(target="tf_contrib", per_channel=per_channel))
+@pytest.mark.parametrize(
+    ("symmetric", "per_channel", "axis"), [(True, True, 0), (True, False, None), (False, False, None)]
+)
+def test_symmetric_weights_are_per_channel_as_the_recipe_says(
+    symmetric: bool, per_channel: bool, axis: int | None
+) -> None:
+    recipe = Recipe(target="tf_contrib", symmetric=symmetric, per_channel=per_channel)
+    plan = place(model_of(f"{CONV} out = Relu(c)"), recipe)
     assert quantizer(plan, "w").axis == axis
+    assert plan.skipped == ()
+
+
+def test_asymmetric_weights_have_one_scale_and_the_plan_says_why() -> None:
+    plan = place(model_of(f"{CONV} out = Relu(c)"), Recipe(target="tf_contrib"))
+    assert quantizer(plan, "w").axis is None
+    assert plan.quantized_nodes == ("c_node",)
+    (note,) = plan.skipped
+    assert note.node == "c_node"
+    assert "no zero point per channel" in note.reason
 
 
 @pytest.mark.parametrize(
@@ -459,7 +474,7 @@ def test_what_is_left_out_is_said(body: str, op: str, reason: str) -> None:
 
 def test_reasons_of_scope_and_sharing() -> None:
     body = "[s1__one] c = Conv(x, w, b) [two] e = Conv(c, w, b2) [s1__three] out = Conv(e, w2, b2)"
-    plan = place(model_of(body), Recipe(target="tf_contrib", scope="s1"))
+    plan = place(model_of(body), Recipe(target="tf_contrib", scope="s1", per_channel=False))
     assert {one.node: one.reason for one in plan.skipped} == {
         "s1/one": "its weight 'w' is read by 'two' too, which is not to be quantized",
         "two": "outside the recipe's scope 's1'",

@@ -59,6 +59,24 @@ def mlp() -> ir.Model:
     return model(nodes, weights(), {"y": ["N", CLASSES]})
 
 
+def batch_norm_mlp() -> ir.Model:
+    """`mlp` with a batch norm in place of the first bias."""
+    rng = np.random.default_rng(2)
+    initializers = {name: value for name, value in weights().items() if name != "b1"} | {
+        "gamma": rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32),
+        "beta": (rng.standard_normal(HIDDEN) * 0.1).astype(np.float32),
+        "mean": (rng.standard_normal(HIDDEN) * 0.1).astype(np.float32),
+        "variance": rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32),
+    }
+    nodes = [
+        node("Gemm", ["x", "W1"], "h"),
+        node("BatchNormalization", ["h", "gamma", "beta", "mean", "variance"], "n"),
+        node("Relu", ["n"], "r"),
+        node("Gemm", ["r", "W2", "b2"], "y"),
+    ]
+    return model(nodes, initializers, {"y": ["N", CLASSES]})
+
+
 def quantized_mlp(bits: int = 4) -> ir.Model:
     """`mlp` with x and r quantized per tensor, unsigned, and W1, W2 per output channel."""
     net = mlp()
