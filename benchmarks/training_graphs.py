@@ -192,6 +192,7 @@ VARIANTS: Final[Mapping[str, Callable[[Job, Path], object]]] = {
     "float, stock": _float_stock,
     "float": _float,
     "learned W8A8": _bundle(),
+    "learned W8A8, for the CPU": _bundle(training_device="cpu"),
     "learned W4A4": _bundle(weight_bits=4, activation_bits=4),
     "fixed W8A8": _bundle(ranges="fixed"),
     "moving average W8A8": _bundle(ranges="moving_average"),

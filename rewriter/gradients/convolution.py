@@ -21,7 +21,8 @@ Milliseconds on two threads; batch x filters x channels, output image, kernel:
 
 With a stride ConvTranspose is what ConvGrad is, and zeros inserted into dY cost five times as much. A dense
 3x3 dW of stride 1 is a Conv with dY as its kernel: 10 to 30 percent faster on one thread, and the second one
-helps (64x64x64 7x7: 3.6 to 1.4 ms); on CUDA it is one product of few rows that few multiprocessors share.
+helps (64x64x64 7x7: 3.6 to 1.4 ms). On CUDA it is one product of few rows that few multiprocessors share: it
+is emitted for the recipe's training_device "cpu" alone.
 
 The limits of ConvGrad, and what is done about them: on the CPU, groups in one and three dimensions overrun
 the gradient buffer (1-D is computed as 2-D, 3-D group by group); on CUDA the padding must be symmetric (the
@@ -82,9 +83,10 @@ def conv(ctx: Context, dy: ir.Value) -> Gradients:
         dx, want_dx = _input_gradient(ctx, dy, w, geometry), False
     if want_dw and geometry is not None and geometry.has_product_as_weight_gradient:
         dw, want_dw = _weight_gradient_of_1x1(ctx, dy, x, w), False
-    sizes = _numbers((dims_of(x) or ())[2:]), _numbers((dims_of(dy) or ())[2:])
-    if want_dw and geometry is not None and geometry.has_convolution_as_weight_gradient and all(sizes):
-        dw, want_dw = _weight_gradient_by_convolution(ctx, dy, x, geometry, *filter(None, sizes)), False
+    image, out_image = (_numbers((dims_of(value) or ())[2:]) for value in (x, dy))
+    by_convolution = geometry is not None and ctx.for_cpu_only and geometry.has_convolution_as_weight_gradient
+    if want_dw and geometry is not None and by_convolution and image and out_image:
+        dw, want_dw = _weight_gradient_by_convolution(ctx, dy, x, geometry, image, out_image), False
     if want_dx or want_dw:
         computed_dx, computed_dw = _conv_gradients(ctx, dy, x, w, want_dx=want_dx, want_dw=want_dw)
         dx, dw = dx or computed_dx, dw or computed_dw

@@ -287,7 +287,7 @@ def _add_gradients(
     """Turn the forward model into the training model: gradients, their accumulation, the updates of the
     state, parameters as inputs."""
     graph = training.graph
-    gradients = differentiate(graph, loss, trainable)
+    gradients = differentiate(graph, loss, trainable, device=form.device)
     lower_channel_operators(graph)
     graph.opset_imports.setdefault(MICROSOFT, 1)
     _move_to_inputs(graph, parameters)

@@ -14,7 +14,7 @@ from rewriter.fold.report import FoldReport
 from rewriter.names import FreeNames
 from rewriter.operators import is_constant
 from rewriter.quantization import Plan
-from rewriter.recipe import FoldStatistics, Recipe
+from rewriter.recipe import FoldStatistics, Recipe, TrainingDevice
 from rewriter.targets import TARGETS
 from rewriter.training import layout
 from rewriter.training.batch_norm import BatchNormTraining, TrainingBatchNorms
@@ -68,6 +68,10 @@ class TrainingForm:
     @property
     def statistics(self) -> FoldStatistics:
         return self._training.statistics
+
+    @property
+    def device(self) -> TrainingDevice:
+        return self._recipe.training_device
 
     @property
     def batch_norm_parameters(self) -> set[ir.Value]:
