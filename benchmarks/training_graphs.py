@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -134,11 +134,24 @@ class Job:
 
 def _float_stock(job: Job, folder: Path) -> None:
     """The same float graph and loss, differentiated by generate_artifacts."""
+    trainable = _float(job, folder)
+    _generate_artifacts(job, job.float_model(), trainable, [], folder)
+
+
+def _batch_norm_stock(job: Job, folder: Path) -> None:
+    """The same with batch norms that normalize with the statistics of the batch, by onnxruntime's kernels."""
+    trainable, state = _batch_norm(job, folder)
+    model = load(job.model)
+    normalize(model)
+    _generate_artifacts(job, model, trainable, state, folder)
+
+
+def _generate_artifacts(
+    job: Job, model: ir.Model, trainable: Sequence[str], frozen: Sequence[str], folder: Path
+) -> None:
     with without_pytorch():
         from onnxruntime.training import artifacts
 
-    model = job.float_model()
-    trainable = _float(job, folder)
     loss = attach_loss(model, job.network.loss).loss
     model.graph.outputs[:] = [loss]
     for node in model.graph:
@@ -152,6 +165,7 @@ def _float_stock(job: Job, folder: Path) -> None:
         artifacts.generate_artifacts(
             ir.to_proto(model),
             requires_grad=list(trainable),
+            frozen_params=list(frozen),
             optimizer=artifacts.OptimType.AdamW,
             artifact_directory=folder,
         )
@@ -165,6 +179,15 @@ def _float_stock(job: Job, folder: Path) -> None:
 def _float(job: Job, folder: Path) -> tuple[str, ...]:
     recipe = Recipe(loss=job.network.loss, batch_norm="fold_inference")
     return write_training_artifacts(job.float_model(), recipe, folder).trainable
+
+
+def _batch_norm(job: Job, folder: Path) -> tuple[tuple[str, ...], list[str]]:
+    """Float, with batch norms that train: the parameters, and the running statistics."""
+    model, recipe = load(job.model), Recipe(loss=job.network.loss, batch_norm="keep")
+    normalize(model)
+    folding = fold_batch_norms(model, recipe)
+    report = write_training_artifacts(model, recipe, folder, folding=folding)
+    return report.trainable, [name for name in report.state if name != report.step_counter]
 
 
 def _bundle(**settings: Any) -> Callable[[Job, Path], object]:
@@ -191,7 +214,10 @@ def _torch_learned(job: Job, folder: Path) -> None:
 VARIANTS: Final[Mapping[str, Callable[[Job, Path], object]]] = {
     "float, stock": _float_stock,
     "float": _float,
+    "float, batch norm, stock": _batch_norm_stock,
+    "float, batch norm": _batch_norm,
     "learned W8A8": _bundle(),
+    "learned W8A8, for the CPU": _bundle(training_device="cpu"),
     "learned W4A4": _bundle(weight_bits=4, activation_bits=4),
     "fixed W8A8": _bundle(ranges="fixed"),
     "moving average W8A8": _bundle(ranges="moving_average"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rewriter.fold.batch_norm import BatchNormTensors, FoldReport
+from rewriter.fold.report import BatchNormTensors, FoldReport
 from rewriter.manifest import (
     BatchNorms,
     BatchNormState,
@@ -64,6 +64,12 @@ def batch_norms(report: FoldReport, recipe: Recipe) -> BatchNorms:
         ),
         note=_batch_norm_note(report, recipe),
     )
+
+
+def ineffective_freeze(report: FoldReport, recipe: Recipe) -> tuple[str, ...]:
+    """The warning that freeze_bn_delay was asked for, and no batch norm trains."""
+    acts = report.trained or any(one.training is not None for one in report.folded)
+    return () if recipe.freeze_bn_delay is None or acts else (_batch_norm_note(report, recipe),)
 
 
 def _batch_norm_note(report: FoldReport, recipe: Recipe) -> str:

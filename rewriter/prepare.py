@@ -82,9 +82,10 @@ def prepare(
 
         progress("write", 0.0)
         training = write_training_artifacts(graph, recipe, folder, plan=plan, folding=folding)
-        apply_checkpoint(
-            graph, load_from_bundle(folder / bundles.EVAL_MODEL), read_checkpoint(folder / bundles.CHECKPOINT)
-        )
+        if training.range_states or any(one.training is not None for one in folding.folded):
+            # What the eval model computes of the checkpoint, to the bit: it rounds in float32, in its order.
+            evaluation = load_from_bundle(folder / bundles.EVAL_MODEL)
+            apply_checkpoint(graph, evaluation, read_checkpoint(folder / bundles.CHECKPOINT))
         lower(graph, saturation="before")
         save(graph, folder / bundles.QAT_MODEL)
         progress("write", 0.5)
@@ -105,6 +106,7 @@ def prepare(
             warnings=(
                 *sections.false_shape(false_shape),
                 *sections.warnings(normalization, plan, parameters, training),
+                *sections.ineffective_freeze(folding, recipe),
             ),
             files=tuple(bundles.describe_file(path) for path in written),
         )

@@ -24,6 +24,7 @@ RangeSource = Literal["learned", "moving_average", "fixed"]
 BatchNormMode = Literal["fold_training", "fold_inference", "keep"]
 FoldStatistics = Literal["quantized_layer", "float_layer"]
 CounterUnit = Literal["executions", "optimizer_steps"]
+TrainingDevice = Literal["any", "cpu"]
 
 # The step counter is a float32 number, which counts exactly up to here.
 LARGEST_DELAY: Final = 2**24
@@ -109,6 +110,11 @@ class Recipe(_Section):
     loss: LossName | GraphLoss = "cross_entropy"
     optimizer: OptimizerName = "adamw"
     frozen: tuple[str, ...] = Field(default=(), description="name prefixes of parameters not to train")
+    training_device: TrainingDevice = Field(
+        default="any",
+        description="what the gradients are made for: any: CUDA and CPU; cpu: also in forms that take less "
+        "time and memory on the CPU and leave a GPU idle",
+    )
 
     @model_validator(mode="after")
     def _freeze_after_quantization(self) -> Self:

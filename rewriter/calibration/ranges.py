@@ -48,7 +48,7 @@ def percentile(observer: Extremes, quantizer: Quantizer, calibration: Calibratio
     share = calibration.percentile / 100.0
     if quantizer.symmetric:
         bound = observer.magnitude_quantile(share)
-        return max(-bound, observer.low), min(bound, observer.high)
+        return max(-bound, min(observer.low, 0.0)), min(bound, max(observer.high, 0.0))
     if observer.low >= 0:
         return 0.0, observer.quantile(share)
     if observer.high <= 0:

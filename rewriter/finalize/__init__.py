@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from pydantic import BaseModel, ConfigDict
@@ -13,7 +16,7 @@ from rewriter import bundle as bundles
 from rewriter.calibration.npz import NpzSamples
 from rewriter.fake_quantize import is_fake_quantize, read
 from rewriter.finalize.biases import quantize_biases
-from rewriter.finalize.parameters import apply_checkpoint, require_usable, require_usable_scales
+from rewriter.finalize.parameters import apply_trained_checkpoint
 from rewriter.finalize.verification import (
     FLOAT_KERNELS,
     INTEGER_KERNELS,
@@ -25,7 +28,7 @@ from rewriter.finalize.weights import quantize_weights
 from rewriter.fold.activations import absorb_activations
 from rewriter.load import load_from_bundle, save
 from rewriter.lowering import lower
-from rewriter.manifest import FileEntry
+from rewriter.manifest import FileEntry, Manifest
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.progress import Progress, silent
 from rewriter.training.checkpoint import identity_of, latest_checkpoint, read_checkpoint
@@ -101,9 +104,9 @@ def finalize(
     RemoveUnusedNodesPass()(model)
     identity = identity_of(bundle / bundles.TRAINING_MODEL)
     parameters = read_checkpoint(checkpoint or latest_checkpoint(bundle), identity)
-    require_usable(manifest, parameters)
-    apply_checkpoint(model, load_from_bundle(bundle / bundles.EVAL_MODEL), parameters)
-    require_usable_scales(manifest, model)
+    evaluation = load_from_bundle(bundle / bundles.EVAL_MODEL)
+    apply_trained_checkpoint(model, evaluation, manifest, parameters)
+    delayed = _delayed(manifest, parameters)
     progress("load", 1.0)
 
     with tempfile.TemporaryDirectory() as scratch, bundles.new_file(output) as staging:
@@ -135,10 +138,25 @@ def finalize(
         integer_weights=integer_weights,
         layer_kernels=kernels,
         agreement=agreement,
-        warnings=tuple(
-            f"{change.scale}: raised on {change.channels} channel(s) so that the bias fits into int32"
-            for change in raised
+        warnings=(
+            *delayed,
+            *(
+                f"{change.scale}: raised on {change.channels} channel(s) so that the bias fits into int32"
+                for change in raised
+            ),
         ),
+    )
+
+
+def _delayed(manifest: Manifest, parameters: Mapping[str, npt.NDArray[np.float32]]) -> tuple[str, ...]:
+    """The warning that training ended before all quantizers were on: what it evaluated is not the result."""
+    steps = int(parameters[manifest.training.step_counter.state])
+    off = sum(entry.quant_delay > max(steps, 1) for entry in manifest.quantizers)
+    if not off:
+        return ()
+    return (
+        f"after {steps} steps {off} of {len(manifest.quantizers)} quantizers still wait for their "
+        "quant_delay: the model was trained and evaluated without them",
     )
 
 

@@ -28,21 +28,38 @@ def apply_checkpoint(
     Raises:
         QatError: `checkpoint_invalid` when a parameter is missing or has another shape.
     """
-    initializers = model.graph.initializers
-    inputs = {value.name for value in evaluation.graph.inputs}
-    values = derived_values(evaluation, parameters, initializers)
-    for name, initializer in initializers.items():
-        if name in values:
-            array = values[name].reshape(_array(initializer).shape)
-        elif name in inputs:
-            array = require_shape(parameters, name, _array(initializer).shape)
-        else:
-            continue
-        dtype = _array(initializer).dtype  # a zero point is computed as float32
-        initializer.const_value = ir.tensor(array.astype(dtype, copy=False), name=name)
+    _replace(model, _values(model, evaluation, parameters))
 
 
-def require_usable(manifest: Manifest, parameters: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def apply_trained_checkpoint(
+    model: ir.Model,
+    evaluation: ir.Model,
+    manifest: Manifest,
+    parameters: Mapping[str, npt.NDArray[np.float32]],
+) -> None:
+    """The same with a checkpoint that may be any: what it holds must be of use. If not, nothing changes.
+
+    Raises:
+        QatError: `checkpoint_invalid` when a trained parameter or a state is missing, has another shape, is
+            not finite or makes a scale that is none; `bundle_invalid` when manifest and model do not fit.
+    """
+    require_finite(manifest, parameters)
+    for entry in manifest.quantizers:
+        for name in (entry.scale, entry.zero_point):
+            if name not in model.graph.initializers:
+                raise QatError(
+                    ErrorCode.BUNDLE_INVALID,
+                    f"Initializer {name!r} of {bundles.MANIFEST} is not in {bundles.QAT_MODEL}: prepare the "
+                    "bundle again.",
+                    file=bundles.QAT_MODEL,
+                )
+    values = _values(model, evaluation, parameters)
+    sources = {entry.scale: entry.scale_parameter or entry.scale for entry in manifest.quantizers}
+    require_scales(values, {name: source for name, source in sources.items() if name in values})
+    _replace(model, values)
+
+
+def require_finite(manifest: Manifest, parameters: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Raise `checkpoint_invalid` for a trained parameter, or a state, that is missing or not finite."""
     for name in (*manifest.training.trainable, *manifest.training.state):
         if name not in parameters:
@@ -56,22 +73,27 @@ def require_usable(manifest: Manifest, parameters: Mapping[str, npt.NDArray[np.f
             )
 
 
-def require_usable_scales(manifest: Manifest, model: ir.Model) -> None:
-    """Raise `checkpoint_invalid` for a scale that training made unusable, `bundle_invalid` for one that is
-    not in the model."""
-    scales, sources = {}, {}
-    for entry in manifest.quantizers:
-        value = model.graph.initializers.get(entry.scale)
-        if value is None or value.const_value is None:
-            raise QatError(
-                ErrorCode.BUNDLE_INVALID,
-                f"Initializer {entry.scale!r} of {bundles.MANIFEST} is not in {bundles.QAT_MODEL}: "
-                "prepare the bundle again.",
-                file=bundles.QAT_MODEL,
-            )
-        scales[entry.scale] = _array(value)
-        sources[entry.scale] = entry.scale_parameter or entry.scale
-    require_scales(scales, sources)
+def _values(
+    model: ir.Model, evaluation: ir.Model, parameters: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The initializers of the QAT model that a checkpoint says, by name."""
+    initializers = model.graph.initializers
+    inputs = {value.name for value in evaluation.graph.inputs}
+    values = {
+        name: require_shape(parameters, name, _array(initializer).shape)
+        for name, initializer in initializers.items()
+        if name in inputs
+    }
+    return values | derived_values(evaluation, parameters, initializers)
+
+
+def _replace(model: ir.Model, values: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    for name, array in values.items():
+        initializer = model.graph.initializers[name]
+        old = _array(initializer)
+        # A zero point is computed as float32.
+        array = array.reshape(old.shape).astype(old.dtype, copy=False)
+        initializer.const_value = ir.tensor(array, name=name)
 
 
 def _array(value: ir.Value) -> npt.NDArray[np.float32]:

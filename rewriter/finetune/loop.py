@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from rewriter.calibration.npz import Batch
 from rewriter.errors import ErrorCode, QatError
-from rewriter.finalize.parameters import require_usable
+from rewriter.finalize.parameters import require_finite
 from rewriter.finetune.batches import Plan, take
 from rewriter.finetune.evaluation import Evaluation, HeldOut, Scoring, evaluate
 from rewriter.finetune.phases import Delays, Phase
@@ -148,7 +148,7 @@ class Training:
 
     def _save(self, position: Position) -> None:
         with _diverged():  # nothing comes of going on from there
-            require_usable(self.manifest, self._parameters())
+            require_finite(self.manifest, self._parameters())
         describe_run(self.session, self.run, position)
         self.session.save(self.state_file, optimizer_state=True)
 
@@ -172,7 +172,7 @@ class Training:
         sources = {entry.scale: entry.scale_parameter or entry.scale for entry in self.manifest.quantizers}
         parameters = self._parameters()
         with _diverged():
-            require_usable(self.manifest, parameters)
+            require_finite(self.manifest, parameters)
             scales = derived_values(self.model, parameters, sources)
             require_scales(scales, {name: sources[name] for name in scales})
 

@@ -27,7 +27,8 @@ def channel_statistics(ctx: Context, dmean: ir.Value | None, dvariance: ir.Value
     zero = ctx.zeros_like(mean)
     slope = zero if dvariance is None else ctx.div(ctx.times(dvariance, 2.0), count)
     shift = ctx.sub(zero if dmean is None else ctx.div(dmean, count), ctx.mul(slope, mean))
-    slope.shape = shift.shape = mean.shape
+    for vector in (slope, shift):
+        vector.shape, vector.type = mean.shape, mean.type
     return [ctx.op(AFFINE, x, slope, shift, domain=DOMAIN)]
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from rewriter.initializers import add_initializer
 from rewriter.names import FreeNames
 from rewriter.operators import MICROSOFT
+from rewriter.recipe import TrainingDevice
 
 Dimensions = tuple[int | ir.SymbolicDim, ...]
 
@@ -42,8 +43,9 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
 class Builder:
     """Appends nodes and constants to a graph under names that are free in it and its subgraphs."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, device: TrainingDevice) -> None:
         self._graph = graph
+        self.device = device
         self.names = FreeNames(graph)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         # Products of sizes that only a run knows, by the symbols of the dimensions.
@@ -95,6 +97,11 @@ class Context:
         self._prefix = f"gradient/{node.name}"
         self.node = node
         self.needed = needed
+
+    @property
+    def for_cpu_only(self) -> bool:
+        """Whether forms that leave a GPU idle may be emitted."""
+        return self._builder.device == "cpu"
 
     def needs(self, index: int) -> bool:
         return index < len(self.needed) and self.needed[index]

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from rewriter.errors import ErrorCode, QatError
 from rewriter.gradients.context import Builder, Context
 from rewriter.gradients.registry import Rule, rule_of, stops_gradient
+from rewriter.recipe import TrainingDevice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,9 @@ def _nothing_to_train(
     return f"None of the {len(frozen)} parameters has a gradient; {blocked.name!r}: {reason}."
 
 
-def differentiate(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> dict[ir.Value, ir.Value]:
+def differentiate(
+    graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value], *, device: TrainingDevice = "any"
+) -> dict[ir.Value, ir.Value]:
     """Appends the nodes that compute dloss/dvalue for each value of `wrt` to the graph.
 
     Forward nodes may get further outputs (the indices of a MaxPool), so that the graph should be the
@@ -95,6 +98,7 @@ def differentiate(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> d
         loss: float32, one element.
         wrt: float32 values that the loss depends on. A graph input that is neither here nor has a
             `const_value` counts as data, not as a parameter.
+        device: "cpu" allows forms that are good on the CPU only.
 
     Returns:
         Per value of `wrt` its gradient: float32, the value's shape; a value of its own each, computed by an
@@ -111,7 +115,7 @@ def differentiate(graph: ir.Graph, loss: ir.Value, wrt: Sequence[ir.Value]) -> d
     forward = list(graph)
     active = _active(forward, obstacles, wrt)
     data = _data_dependent(graph, forward, wrt)
-    builder = Builder(graph)
+    builder = Builder(graph, device)
     contributions: dict[ir.Value, list[ir.Value]] = {loss: [_one(builder, loss)]}
     for node in reversed(forward):
         rule = rule_of(node)

@@ -27,8 +27,9 @@ def training_mode_warnings(model: ir.Model) -> list[str]:
         )
     if batch_norms:
         warnings.append(
-            f"{_these(batch_norms)} in training mode: it normalizes with the statistics of each batch, so "
-            "that outputs depend on the batch, and it is not folded; export the model in inference mode."
+            f"{_these(batch_norms)} in training mode: as exported it normalizes with the statistics of each "
+            "batch. Where the recipe trains batch norms it is taken for one with its running statistics; "
+            "with batch_norm = fold_inference it stays as it is, and outputs depend on the batch."
         )
     return warnings
 

@@ -24,7 +24,7 @@ from rewriter import bundle as bundles
 from rewriter.channel_operators import lower_channel_operators
 from rewriter.errors import ErrorCode, QatError
 from rewriter.fake_quantize import is_fake_quantize
-from rewriter.fold.batch_norm import FoldReport
+from rewriter.fold.report import FoldReport
 from rewriter.gradients import differentiate, trainability
 from rewriter.lowering import lower
 from rewriter.names import FreeNames
@@ -37,6 +37,7 @@ from rewriter.training.form import TrainingForm
 from rewriter.training.losses import Attachment, Dim, attach_loss
 from rewriter.training.optimizer import optimizer_model
 from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
+from rewriter.training.recomputation import recompute_dequantized
 from rewriter.training.reserved_names import is_reserved, rename
 
 
@@ -166,6 +167,8 @@ def write_training_artifacts(
     # In the training model these are inner values.
     rename([output for output in graph.outputs if is_reserved(output.name or "")], FreeNames(training))
     _add_gradients(training, loss, trainable, form, _names(parameters))
+    lower(training, saturation="before", for_training=True)
+    recompute_dequantized(graph, loss)
     _write(training, folder / bundles.TRAINING_MODEL)
     stamp(folder / bundles.CHECKPOINT, identity_of(folder / bundles.TRAINING_MODEL))
     optimizer = optimizer_model(
@@ -270,6 +273,7 @@ def _write_eval_model(evaluation: ir.Model, parameters: Sequence[ir.Value], path
             value = ir.Value(name=parameter.name, shape=parameter.shape, type=parameter.type)
         value.const_value = None
         graph.inputs.append(value)
+    lower(evaluation, saturation="before", for_training=True)
     _write(evaluation, path)
 
 
@@ -283,7 +287,7 @@ def _add_gradients(
     """Turn the forward model into the training model: gradients, their accumulation, the updates of the
     state, parameters as inputs."""
     graph = training.graph
-    gradients = differentiate(graph, loss, trainable)
+    gradients = differentiate(graph, loss, trainable, device=form.device)
     lower_channel_operators(graph)
     graph.opset_imports.setdefault(MICROSOFT, 1)
     _move_to_inputs(graph, parameters)
@@ -329,7 +333,6 @@ def _move_to_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def _write(model: ir.Model, path: pathlib.Path) -> None:
-    lower(model, saturation="before")
     model.ir_version = min(model.ir_version, layout.NEWEST_IR_VERSION)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

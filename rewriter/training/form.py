@@ -10,19 +10,20 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rewriter import fake_quantize
-from rewriter.fold.batch_norm import FoldReport
+from rewriter.fold.report import FoldReport
 from rewriter.names import FreeNames
 from rewriter.operators import is_constant
 from rewriter.quantization import Plan
-from rewriter.recipe import FoldStatistics, Recipe
+from rewriter.recipe import FoldStatistics, Recipe, TrainingDevice
 from rewriter.targets import TARGETS
 from rewriter.training import layout
-from rewriter.training.batch_norm import BatchNormTraining, TrainingBatchNorms, unfold
+from rewriter.training.batch_norm import BatchNormTraining, TrainingBatchNorms
 from rewriter.training.emitter import Emitter
 from rewriter.training.learned_ranges import LearnedRange, learn_range
 from rewriter.training.quantizers import GraphQuantizer, graph_quantizers
 from rewriter.training.state import Gates, States, add_step_counter, count_step
 from rewriter.training.tracked_ranges import Tracker, read_range
+from rewriter.training.unfolding import unfold
 
 
 class TrainingForm:
@@ -67,6 +68,10 @@ class TrainingForm:
     @property
     def statistics(self) -> FoldStatistics:
         return self._training.statistics
+
+    @property
+    def device(self) -> TrainingDevice:
+        return self._recipe.training_device
 
     @property
     def batch_norm_parameters(self) -> set[ir.Value]:

@@ -160,7 +160,7 @@ def test_missing_samples_are_said(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [["weight_bits=1"], ["weight_bitz=8"], ["ranges=moving_average"], ["calibration.method=entropy"]],
+    [["weight_bits=1"], ["weight_bitz=8"], ["target=tensorrt"], ["calibration.method=entropy"]],
     ids=lambda settings: settings[0],
 )
 def test_a_wrong_recipe_is_wrong_usage(settings: list[str], folder: Path) -> None:

@@ -262,7 +262,7 @@ def test_a_directory_that_may_not_be_searched_is_said(tmp_path, monkeypatch):
     assert caught.value.code == ErrorCode.OUTPUT_UNWRITABLE
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "1: Invalid JSON"), (b"[]", "1: Input should be")])
+@pytest.mark.parametrize(("content", "reason"), [(b"", "2: Invalid JSON"), (b"[]", "2: Input should be")])
 def test_what_is_wrong_with_a_manifest_is_said_once(tmp_path, content, reason):
     (tmp_path / bundle.MANIFEST).write_bytes(content)
     with pytest.raises(QatError, match=reason):

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -102,11 +103,14 @@ def interesting(case: Case) -> np.ndarray:
 
 
 @settings(max_examples=120)
-@given(case=cases(), form=st.sampled_from(FORMS), constant=st.booleans())
-def test_equals_numpy_exactly(case: Case, form: Saturation, constant: bool) -> None:
+@given(case=cases(), form=st.sampled_from((*FORMS, "for training")), constant=st.booleans())
+def test_equals_numpy_exactly(case: Case, form: Saturation | Literal["for training"], constant: bool) -> None:
     x = interesting(case)
     model = fake_quantize_model(case, constant=x if constant else None)
-    lower(model, saturation=form)
+    if form == "for training":
+        lower(model, saturation="before", for_training=True)
+    else:
+        lower(model, saturation=form)
     expected = dequantize(
         quantize(x, case.scale, case.zero_point, case.range, case.axis),
         case.scale,
@@ -132,6 +136,19 @@ def test_tensors_on_the_grid_are_not_saturated_again(form: Saturation) -> None:
     model = fake_quantize_model(case, on_grid=True)
     lower(model, saturation=form)
     assert [node.op_type for node in model.graph] == ["QuantizeLinear", "DequantizeLinear"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "spelled_out"), [(None, False), (0, False), (1, False), (2, True), (-1, True)]
+)
+def test_for_training_the_last_axis_is_spelled_out(axis: int | None, spelled_out: bool) -> None:
+    shape = () if axis is None else ((3, 4, 5)[axis],)
+    case = Case(IntegerRange(-127, 127), np.full(shape, 0.1, np.float32), np.zeros(shape, np.int8), axis)
+    for for_training in (True, False):
+        model = fake_quantize_model(case)
+        lower(model, saturation="before", for_training=for_training)
+        pair = [node.op_type for node in model.graph][-2:] == ["QuantizeLinear", "DequantizeLinear"]
+        assert pair != (spelled_out and for_training)
 
 
 def test_float_bounds_follow_a_trained_scale() -> None:

@@ -75,7 +75,7 @@ class TestTextAngle:
     def test_the_loss_falls_on_random_labels(self, text_angle):
         rng = np.random.default_rng(1)
         feeds = [rng.standard_normal((8, 3, 48, 192)).astype(np.float32), rng.integers(0, 2, 8)]
-        losses = train(text_angle / "bundle", feeds, steps=20)
+        losses = train(text_angle / "bundle", feeds, steps=40)  # noise is not what its statistics are of
         assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
     def test_the_trained_int8_model_runs_in_integers_and_agrees(self, text_angle):
@@ -180,7 +180,7 @@ def test_a_transformer_trains_with_dynamic_batch_and_sequence(real_model, tmp_pa
 
 def test_the_manifest_is_readable_json_with_the_documented_sections(text_angle):
     manifest = json.loads((text_angle / "bundle" / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert {
         "recipe",
         "source",

@@ -11,7 +11,7 @@ import pytest
 import rewriter
 from rewriter import Manifest
 from rewriter.errors import ErrorCode, QatError
-from rewriter.finalize.parameters import apply_checkpoint
+from rewriter.finalize.parameters import apply_trained_checkpoint
 from rewriter.load import load
 from rewriter.training.checkpoint import read_checkpoint
 from tests.rewriter.training import nets
@@ -33,6 +33,11 @@ def model(bundle: Path) -> ir.Model:
 
 
 @pytest.fixture
+def evaluation(bundle: Path) -> ir.Model:
+    return load(bundle / "eval_model.onnx")
+
+
+@pytest.fixture
 def manifest(bundle: Path) -> Manifest:
     return rewriter.read_manifest(bundle)
 
@@ -47,20 +52,20 @@ def values(model: ir.Model) -> Parameters:
 
 
 def test_the_prepared_checkpoint_changes_nothing(
-    model: ir.Model, manifest: Manifest, parameters: Parameters
+    model: ir.Model, evaluation: ir.Model, manifest: Manifest, parameters: Parameters
 ) -> None:
     before = values(model)
-    apply_checkpoint(model, manifest, parameters)
+    apply_trained_checkpoint(model, evaluation, manifest, parameters)
     np.testing.assert_equal(values(model), before)
 
 
 def test_weights_are_replaced_and_scales_multiplied(
-    model: ir.Model, manifest: Manifest, parameters: Parameters
+    model: ir.Model, evaluation: ir.Model, manifest: Manifest, parameters: Parameters
 ) -> None:
     before = values(model)
     for value in parameters.values():
         value += np.float32(0.25)  # a parameter of a scale is the logarithm of what it is multiplied with
-    apply_checkpoint(model, manifest, parameters)
+    apply_trained_checkpoint(model, evaluation, manifest, parameters)
     after = values(model)
     scales = {q.scale for q in manifest.quantizers}
     assert len(scales) == 4
@@ -68,6 +73,8 @@ def test_weights_are_replaced_and_scales_multiplied(
         np.testing.assert_allclose(after[name], before[name] * np.exp(0.25), rtol=1e-6)
     for name in ("W1", "b1", "W2", "b2"):
         np.testing.assert_array_equal(after[name], parameters[name])
+    # Its parameter is the share of the range's width that a zero point with two sides moves by.
+    assert after.pop("x_zero_point") == before["x_zero_point"] + np.rint(0.25 * 255)
     for name in after.keys() - scales - {"W1", "b1", "W2", "b2"}:
         np.testing.assert_array_equal(after[name], before[name])
 
@@ -87,23 +94,22 @@ def not_finite(parameters: Parameters, name: str) -> None:
 @pytest.mark.parametrize("damage", [missing, reshaped, not_finite])
 @pytest.mark.parametrize("kind", ["weight", "scale"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
-    model: ir.Model, manifest: Manifest, parameters: Parameters, damage, kind: str
+    model: ir.Model, evaluation: ir.Model, manifest: Manifest, parameters: Parameters, damage, kind: str
 ) -> None:
     scale = next(q.scale_parameter for q in manifest.quantizers if q.axis is not None)
     name = "W2" if kind == "weight" else scale
     before = values(model)
     damage(parameters, name)
     with pytest.raises(QatError) as caught:
-        apply_checkpoint(model, manifest, parameters)
+        apply_trained_checkpoint(model, evaluation, manifest, parameters)
     assert (caught.value.code, caught.value.field) == (ErrorCode.CHECKPOINT_INVALID, name)
     np.testing.assert_equal(values(model), before)
 
 
 def test_a_model_that_lacks_what_the_manifest_lists_is_a_damaged_bundle(
-    model: ir.Model, manifest: Manifest, parameters: Parameters
+    model: ir.Model, evaluation: ir.Model, manifest: Manifest, parameters: Parameters
 ) -> None:
-    value = model.graph.initializers.pop("b2")
-    assert value.name == "b2"
+    assert model.graph.initializers.pop("W2_scale").name == "W2_scale"
     with pytest.raises(QatError) as caught:
-        apply_checkpoint(model, manifest, parameters)
+        apply_trained_checkpoint(model, evaluation, manifest, parameters)
     assert (caught.value.code, caught.value.file) == (ErrorCode.BUNDLE_INVALID, "qat_model.onnx")

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rewriter.fold.batch_norm import FoldReport, fold_batch_norms, match_batch_norms
+from rewriter.fold.batch_norm import fold_batch_norms
+from rewriter.fold.report import FoldReport, match_batch_norms
 from rewriter.load import load
 from rewriter.normalize import normalize
 from tests.rewriter.graphs import graph, listing, run

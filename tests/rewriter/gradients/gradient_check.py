@@ -13,6 +13,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from rewriter.gradients import differentiate
+from rewriter.recipe import TrainingDevice
 
 STEP = 0.02
 
@@ -102,13 +103,15 @@ def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-def with_gradients(model: onnx.ModelProto, wrt: Sequence[str]) -> onnx.ModelProto:
+def with_gradients(
+    model: onnx.ModelProto, wrt: Sequence[str], device: TrainingDevice = "any"
+) -> onnx.ModelProto:
     """The model with one more output per name of `wrt`, called `d_{name}`."""
     ir_model = ir.from_proto(model)
     graph = ir_model.graph
     values = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
     loss = next(value for value in graph.outputs if value.name == "loss")
-    gradients = differentiate(graph, loss, [values[name] for name in wrt])
+    gradients = differentiate(graph, loss, [values[name] for name in wrt], device=device)
     for name in wrt:
         gradient = gradients[values[name]]
         assert gradient.dtype == ir.DataType.FLOAT
@@ -117,7 +120,9 @@ def with_gradients(model: onnx.ModelProto, wrt: Sequence[str]) -> onnx.ModelProt
     return ir.to_proto(ir_model)
 
 
-def check(case: Case, shapes: str, tolerance: float = 1e-3) -> onnx.ModelProto:
+def check(
+    case: Case, shapes: str, tolerance: float = 1e-3, device: TrainingDevice = "any"
+) -> onnx.ModelProto:
     """Asserts that each gradient is within `tolerance` of finite differences, relative to its largest."""
     rng = np.random.default_rng(7)
     model = forward_model(case, shapes)
@@ -128,7 +133,7 @@ def check(case: Case, shapes: str, tolerance: float = 1e-3) -> onnx.ModelProto:
     weights = [rng.standard_normal(y.shape) for y in forward.run(ys, {**feeds, **missing})]
     weight_feeds = {f"r{k}": w.astype(np.float32) for k, w in zip(case.used_outputs, weights, strict=True)}
     wrt = [f"i{i}" for i in case.wrt]
-    gradient_model = with_gradients(model, wrt)
+    gradient_model = with_gradients(model, wrt, device)
     computed = session(gradient_model).run([f"d_{name}" for name in wrt], {**feeds, **weight_feeds})
     for name, gradient in zip(wrt, computed, strict=True):
         expected = finite_differences(

@@ -110,3 +110,36 @@ def test_both_forms_agree_with_conv_grad_on_a_real_layer() -> None:
         found.append(session(model).run(["d_i0", "d_i1"], {"i0": x, "i1": w, "r0": r}))
     for ours, expected in zip(*found, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+DENSE = {
+    "3x3": ((3, 16, 4, 5), (2, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "no_pads": ((2, 17, 6, 4), (3, 17, 3, 2), {}),
+    "asymmetric": ((2, 16, 4, 5), (2, 16, 3, 3), {"pads": [0, 1, 2, 0]}),
+    "small_image": ((2, 16, 2, 2), (4, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("shapes", ["static", "batch"])
+@pytest.mark.parametrize("form", DENSE)
+def test_on_the_cpu_alone_dw_of_a_dense_convolution_is_one_of_dy(form: str, shapes: str) -> None:
+    case = conv(*DENSE[form], differentiated=(1,))
+    assert "ConvGrad" not in emitted(check(case, shapes, device="cpu"))
+    assert "ConvGrad" in emitted(check(case, shapes))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "attributes"),
+    [
+        ((2, 16, 7, 7), (2, 16, 3, 3), {"strides": [2, 2]}),
+        ((2, 16, 7, 7), (2, 16, 3, 3), {"dilations": [2, 2]}),
+        ((2, 32, 5, 5), (4, 16, 3, 3), {"group": 2}),
+        ((2, 4, 5, 5), (4, 4, 3, 3), {}),  # few channels
+    ],
+    ids=["strided", "dilated", "grouped", "few_channels"],
+)
+def test_other_dw_are_left_to_conv_grad_on_the_cpu(
+    x: tuple[int, ...], w: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    operators = emitted(check(conv(x, w, attributes, differentiated=(1,)), "batch", device="cpu"))
+    assert "ConvGrad" in operators

@@ -31,7 +31,7 @@ def test_dropout_in_inference_is_no_warning(dropout: str) -> None:
 
 def test_batch_norm_of_the_batch() -> None:
     (warning,) = warnings(f"{BATCH_NORM} y = Relu(r)")
-    assert warning.startswith("BatchNormalization 'r_node' in training mode: it normalizes with the stat")
+    assert warning.startswith("BatchNormalization 'r_node' in training mode: as exported it normalizes")
     assert "not folded" in warning
 
 

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rewriter.fold.batch_norm import FoldReport, fold_batch_norms
+from rewriter.fold.batch_norm import fold_batch_norms
+from rewriter.fold.report import FoldReport
 from rewriter.normalize import normalize
 from rewriter.recipe import Override, Recipe
 from rewriter.training.artifacts import write_training_artifacts

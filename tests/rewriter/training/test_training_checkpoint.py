@@ -34,11 +34,13 @@ def train(session: TrainingSession, steps: range) -> list[float]:
     return losses
 
 
-def test_a_new_checkpoint_holds_the_weights_of_the_model_and_zero_multipliers(bundle: Path) -> None:
+def test_a_new_checkpoint_holds_the_weights_of_the_model_and_zeros(bundle: Path) -> None:
+    """Multipliers and offsets of ranges, and the number of steps."""
     found = read_checkpoint(bundle / bundles.CHECKPOINT)
     for name, value in nets.weights().items():
         np.testing.assert_array_equal(found.pop(name), value)
-    assert sorted(found) == [f"{tensor}_scale.log_multiplier" for tensor in ("W1", "W2", "r", "x")]
+    multipliers = [f"{tensor}_scale.log_multiplier" for tensor in ("W1", "W2", "r", "x")]
+    assert sorted(found) == sorted([*multipliers, "x_zero_point.offset", "quantization_step"])
     assert {value.shape for value in found.values()} == {(8,), (4,), ()}
     assert not any(value.any() for value in found.values())
 

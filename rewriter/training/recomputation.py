@@ -1,0 +1,42 @@
+"""Dequantizes anew in the backward pass, so that activations wait for it as integers.
+
+A convolution's weight gradient and the gradient of a scale read the dequantized activation y. Of the forward
+pass they take q in its place, a quarter of y's size, and a DequantizeLinear of their own, right before the
+first of them.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from rewriter.names import FreeNames
+
+
+def recompute_dequantized(graph: ir.Graph, loss: ir.Value) -> None:
+    """Give the nodes behind that of the loss their own DequantizeLinear; weights are kept as they are."""
+    names = FreeNames(graph)
+    position = {node: index for index, node in enumerate(graph)}
+    last = loss.producer()
+    assert last is not None
+    for node in list(graph):
+        if node is last:
+            break
+        if node.op_type != "DequantizeLinear" or "axis" in node.attributes:
+            continue
+        y = node.outputs[0]
+        backward = [use for use in y.uses() if position[use.node] > position[last]]
+        if not backward:
+            continue
+        name = names.take(f"{y.name}_again")
+        output = ir.Value(name=name, shape=y.shape, type=y.type)
+        # Per tensor the axis means nothing. It keeps onnxruntime from seeing that the two nodes are the same.
+        again = ir.node(
+            "DequantizeLinear",
+            node.inputs,
+            {"axis": 0},
+            outputs=[output],
+            name=names.take(f"{name}_DequantizeLinear"),
+        )
+        graph.insert_before(min((use.node for use in backward), key=position.__getitem__), again)
+        for use in backward:
+            use.node.replace_input_with(use.idx, output)

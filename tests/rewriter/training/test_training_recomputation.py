@@ -1,0 +1,95 @@
+"""Activations wait for the backward pass as integers; nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from rewriter.recipe import Recipe
+from rewriter.training.artifacts import write_training_artifacts
+from rewriter.training.recomputation import recompute_dequantized
+from rewriter.training.runtime import open_session
+from tests.rewriter.training import nets
+
+
+def lowered() -> ir.Model:
+    """A loss that reads a weight and an activation after it, and what a backward pass would read of both."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[N,4] x, float[4] w) => (float loss, float[N,4] dx, float[N,4] dw, float[4] dv)
+        <float s = {0.5}, uint8 z = {3}, float[4] t = {1, 2, 3, 4}, int8[4] zeros = {0, 0, 0, 0}> {
+            q = QuantizeLinear(x, s, z)
+            y = DequantizeLinear(q, s, z)
+            p = QuantizeLinear <axis = 0>(w, t, zeros)
+            v = DequantizeLinear <axis = 0>(p, t, zeros)
+            a = Mul(y, v)
+            loss = ReduceSum <keepdims = 0>(a)
+            dx = Sub(y, x)
+            dw = Mul(y, y)
+            dv = Neg(v)
+        }"""
+    )
+    model = ir.from_proto(proto)
+    for index, node in enumerate(model.graph):
+        node.name = f"node{index}"
+    return model
+
+
+def readers(graph: ir.Graph, name: str) -> list[str]:
+    """Names of the outputs of the nodes that read the value."""
+    return [
+        node.outputs[0].name or "" for node in graph if name in [value.name for value in node.inputs if value]
+    ]
+
+
+def test_the_backward_pass_reads_its_own_copy_of_an_activation() -> None:
+    graph = (model := lowered()).graph
+    recompute_dequantized(graph, graph.outputs[0])
+    assert readers(graph, "y") == ["a"]
+    assert readers(graph, "y_again") == ["dx", "dw"]
+    assert readers(graph, "v") == ["a", "dv"]  # weights are kept
+    order = [node.outputs[0].name for node in graph]
+    assert order.index("y_again") == order.index("dx") - 1
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_the_numbers_stay(tmp_path: Path) -> None:
+    x, w = (np.random.default_rng(0).normal(0, 3, shape).astype(np.float32) for shape in ((5, 4), (4,)))
+    results = []
+    for recompute in (False, True):
+        model = lowered()
+        if recompute:
+            recompute_dequantized(model.graph, model.graph.outputs[0])
+        session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+        results.append(session.run(None, {"x": x, "w": w}))
+    for before, after in zip(*results, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_onnxruntime_does_not_merge_the_copies(tmp_path: Path) -> None:
+    """It merges nodes that are the same; then activations would wait in float32."""
+    model = lowered()
+    recompute_dequantized(model.graph, model.graph.outputs[0])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    assert sum(n.op_type == "DequantizeLinear" and n.input[0] == "q" for n in optimized.graph.node) == 2
+
+
+def test_training_graphs_recompute_and_eval_graphs_do_not(tmp_path: Path) -> None:
+    write_training_artifacts(nets.quantized_mlp(8), Recipe(), tmp_path)
+    names = {
+        name: [node.name for node in onnx.load(tmp_path / name).graph.node if "_again" in node.name]
+        for name in ("training_model.onnx", "eval_model.onnx")
+    }
+    assert len(names["training_model.onnx"]) == 2  # x and r
+    assert names["eval_model.onnx"] == []
+    session = open_session(tmp_path)
+    session.module.train()
+    assert np.isfinite(session.module(*nets.batch()))
