@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from rewriter.fold.batch_norm import fold_batch_norms
-from rewriter.fold.report import FoldReport, match_batch_norms
+from rewriter.fold.matching import match_batch_norms
+from rewriter.fold.report import FoldReport
 from rewriter.load import load
 from rewriter.normalize import normalize
 from tests.rewriter.graphs import graph, listing, run
