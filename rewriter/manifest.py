@@ -101,7 +101,10 @@ class QuantizerEntry(_Section):
 
 
 class BatchNormState(_Section):
-    """Names in the checkpoint of what a batch norm is made of: two parameters, two states."""
+    """Names in the checkpoint of what a batch norm is made of: two parameters, two states.
+
+    Of a folded batch norm the running mean is that of the layer without its bias.
+    """
 
     gamma: str
     beta: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from rewriter.fold.report import BatchNormTensors, FoldReport
 from rewriter.manifest import (
@@ -52,7 +53,7 @@ def folded(report: FoldReport, statistics: FoldStatistics) -> tuple[FoldedEntry,
 def batch_norms(report: FoldReport, recipe: Recipe) -> BatchNorms:
     return BatchNorms(
         found=report.found,
-        training_mode=report.training_mode,
+        training_mode=len(report.training_mode),
         trained=tuple(
             TrainedBatchNormEntry(
                 node=one.node,
@@ -73,34 +74,59 @@ def ineffective_freeze(report: FoldReport, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _batch_norm_note(report: FoldReport, recipe: Recipe) -> str:
+    asked = recipe.freeze_bn_delay is not None
     if not report.found:
-        effect = "has no effect" if recipe.freeze_bn_delay is not None else "would have none"
         return (
             "The model has no BatchNormalization: there is none in it, or the exporter folded it already. "
-            f"freeze_bn_delay {effect}."
+            f"freeze_bn_delay {'has no effect' if asked else 'would have none'}."
         )
+    came = "The model was exported for inference (training_mode 0)."
+    if report.training_mode:
+        came = (
+            f"{len(report.training_mode)} of {report.found} batch norms came in training mode; they are "
+            "taken for ones with their running statistics"
+        )
+        if still := len(report.still_in_training_mode):
+            came += f", but for {still} that normalize(s) with every batch also when the model is used"
+        came += "."
     training = [one.training for one in report.folded if one.training is not None]
     acting = len(training) + len(report.trained)
     if not acting:
-        return (
-            "Every batch norm keeps the running statistics that it came with: freeze_bn_delay has no effect."
-        )
-    came = (
-        f"{report.training_mode} of {report.found} came in training mode"
-        if report.training_mode
-        else "The model was exported for inference (training_mode 0)"
-    )
+        return f"{came} None trains: freeze_bn_delay {'has no effect' if asked else 'would have none'}."
     delays = {one.freeze_bn_delay for one in training} | {one.freeze_bn_delay for one in report.trained}
     if delays == {None}:
-        effect = "until the end of training: freeze_bn_delay is null"
+        effect = "until the end: freeze_bn_delay is null"
     elif len(delays) == 1:
         effect = f"before training step {delays.pop()}, and with their running statistics from then on"
     else:
         effect = "until they freeze, each at its freeze_bn_delay"
     return (
-        f"{came}; in training {acting} of its {report.found} batch norms normalize with the statistics of "
-        f"the batch all the same, {effect}. The running statistics that it came with are where they start."
+        f"{came} In training {acting} of {report.found} batch norms normalize with the statistics of the "
+        f"batch, {effect}. The running statistics that the model came with are where they start."
     )
+
+
+def training_mode(report: FoldReport) -> tuple[str, ...]:
+    """The warnings about batch norms that were exported in training mode."""
+    warnings = []
+    changed = [name for name in report.training_mode if name not in report.still_in_training_mode]
+    if changed:
+        warnings.append(
+            f"{_these(changed)} exported in training mode: taken for one with its running statistics, which "
+            "the model itself does not use"
+        )
+    if report.still_in_training_mode:
+        warnings.append(
+            f"{_these(report.still_in_training_mode)} left in training mode, because the model reads what "
+            "it makes of its statistics, or the scope leaves it out: outputs depend on the batch, and what "
+            "stands before it does not train; export the model in inference mode"
+        )
+    return tuple(warnings)
+
+
+def _these(names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"BatchNormalization {names[0]!r}{others}"
 
 
 def _state(tensors: BatchNormTensors) -> BatchNormState:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 import onnx_ir as ir
+
+_RESERVED: Final = "rewriter.reserved_names"
+
+
+def reserve_names(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Keep names that are not in the graph now, and will be again, from being given to something else."""
+    graph.meta[_RESERVED] = frozenset({*graph.meta.get(_RESERVED, ()), *names})
 
 
 class FreeNames:
@@ -11,6 +21,7 @@ class FreeNames:
     def __init__(self, model: ir.Model | ir.Graph) -> None:
         graph = model.graph if isinstance(model, ir.Model) else model
         self._taken: set[str] = {value.name or "" for value in graph.inputs}
+        self._taken.update(graph.meta.get(_RESERVED, ()))
         self._taken.update(graph.initializers)
         for subgraph in graph.subgraphs():
             self._taken.update(value.name or "" for value in subgraph.inputs)

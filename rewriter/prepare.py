@@ -106,6 +106,7 @@ def prepare(
             warnings=(
                 *sections.false_shape(false_shape),
                 *sections.warnings(normalization, plan, parameters, training),
+                *sections.training_mode(folding),
                 *sections.ineffective_freeze(folding, recipe),
             ),
             files=tuple(bundles.describe_file(path) for path in written),

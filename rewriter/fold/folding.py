@@ -11,7 +11,7 @@ import onnx_ir as ir
 from rewriter.fold.matching import BatchNormPair, bias_of
 from rewriter.fold.report import BatchNormTensors, TrainingFold
 from rewriter.initializers import add_initializer, initializer_array
-from rewriter.names import FreeNames
+from rewriter.names import FreeNames, reserve_names
 
 _Float64 = npt.NDArray[np.float64]
 
@@ -52,7 +52,7 @@ class Folding:
         """The same, and how the training graph computes weight and bias."""
         weight, attributes = pair.weight, pair.batch_norm.attributes
         tensors, bias = tensors_of(pair.batch_norm), bias_of(pair.layer)
-        original = weight.value.const_value
+        original, original_name = weight.value.const_value, weight.value.name or ""
         assert original is not None
         values = [initializer_array(value) for value in pair.batch_norm.inputs[1:5]]
         if bias is not None:  # before the freeze it cancels: the running mean takes it in
@@ -61,11 +61,14 @@ class Folding:
             self._trained.add(bias)
         group = pair.layer.attributes.get_int("group", 1) if pair.layer.op_type == "ConvTranspose" else 1
         self._trained.add(weight.value)
+        # The training graph gets them back.
+        reserve_names(self._graph, [*dataclasses.astuple(tensors), original_name])
         result = self._fold(pair, shared_with=tuple(pair.batch_norm.inputs[1:5]))
         return result.output, TrainingFold(
             weight=result.weight.name or "",
             bias=result.bias.name or "",
             original=original,
+            original_name=original_name,
             tensors=tensors,
             values=tuple(values),
             epsilon=attributes.get_float("epsilon", 1e-5),

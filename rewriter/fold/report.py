@@ -28,7 +28,7 @@ class TrainingFold:
 
     Attributes:
         weight, bias: initializers of the folded model: factor * W, and beta - factor * mean.
-        original: W, which has its old name.
+        original: W; original_name: of its initializer.
         values: gamma, beta, running mean (of the layer without its bias) and running variance.
         weight_index: which input of the folded layer the weight is.
         channel_axis, group: where the output channels are in W; see `rewriter.operators`.
@@ -38,6 +38,7 @@ class TrainingFold:
     weight: str
     bias: str
     original: ir.TensorProtocol
+    original_name: str
     tensors: BatchNormTensors
     values: tuple[npt.NDArray[np.float32], ...]
     epsilon: float
@@ -63,7 +64,7 @@ class Folded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedBatchNorm:
     """A batch norm that stays and trains as one, and why it is not folded."""
 
     node: str
@@ -77,14 +78,16 @@ class FoldReport:
     """What folding did, in graph order.
 
     Attributes:
-        found, training_mode: batch norms in the model, and how many of them came in training mode.
+        found: how many batch norms the model has.
+        training_mode: those that came in training mode; still_in_training_mode: those that stay so.
         statistics: mean and standard deviation per channel, beta and |gamma|, of what batch norms gave in
             training, folded and left ones; float64, shape [channels], by the name that the tensor has now.
     """
 
     folded: tuple[Folded, ...] = ()
-    trained: tuple[Trained, ...] = ()
+    trained: tuple[TrainedBatchNorm, ...] = ()
     left: tuple[Left, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
     found: int = 0
-    training_mode: int = 0
+    training_mode: tuple[str, ...] = ()
+    still_in_training_mode: tuple[str, ...] = ()

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from rewriter.fake_quantize import FakeQuantize, is_fake_quantize, read
 from rewriter.names import FreeNames
 from rewriter.operators import WeightOperand
-from rewriter.placement.settings import NodeSettings
+from rewriter.placement.settings import NodeSettings, in_scope, settings_for
 from rewriter.quantization import Plan, QuantizedTensor, Quantizer, Skipped
-from rewriter.recipe import Recipe
+from rewriter.recipe import RangeSource, Recipe
 
 # Position of each node of the main graph.
 Order = Mapping[ir.Node, int]
@@ -121,12 +121,18 @@ def _existing_draft(found: Sequence[FakeQuantize], order: Order, recipe: Recipe)
     first = found[0]
     zero_point = first.zero_point.const_value
     is_weight = first.x.const_value is not None
+    symmetric = first.range.qmin < 0 and zero_point is not None and not zero_point.numpy().any()
+    owner = _owner(first)
+    settings = settings_for(owner, recipe)
+    ranges: RangeSource = settings.ranges if in_scope(owner, recipe) else "fixed"
+    if ranges == "moving_average" and first.axis is not None and not symmetric:
+        ranges = "fixed"  # tracked zero points differ by channel, which QLinearConv does not take
     quantizer = Quantizer(
         name=(first.scale.name or "").removesuffix("_scale"),
         kind="weight" if is_weight else "activation",
         bits=(first.range.qmax - first.range.qmin).bit_length(),
         range=first.range,
-        symmetric=first.range.qmin < 0 and zero_point is not None and not zero_point.numpy().any(),
+        symmetric=symmetric,
         axis=first.axis,
         tensors=tuple(
             QuantizedTensor(
@@ -137,12 +143,20 @@ def _existing_draft(found: Sequence[FakeQuantize], order: Order, recipe: Recipe)
             )
             for one in found
         ),
-        ranges=recipe.ranges,
-        quant_delay=recipe.quant_delay,
+        ranges=ranges,
+        quant_delay=settings.quant_delay if in_scope(owner, recipe) else 0,
         existing=True,
     )
     position = (order[first.node], 0) if is_weight else activation_position(first.x, order)
     return Draft(position, quantizer, first.scale)
+
+
+def _owner(quantizer: FakeQuantize) -> ir.Node:
+    """The node whose settings apply: what makes the tensor, else what reads it."""
+    producer = quantizer.x.producer()
+    if producer is not None:
+        return producer
+    return next((use.node for use in quantizer.output.uses()), quantizer.node)
 
 
 def _merged(drafts: Iterable[Draft]) -> list[Quantizer]:

@@ -36,7 +36,13 @@ from rewriter.training.checkpoint import identity_of, stamp, write_checkpoint
 from rewriter.training.form import TrainingForm
 from rewriter.training.losses import Attachment, Dim, attach_loss
 from rewriter.training.optimizer import optimizer_model
-from rewriter.training.parameters import choose_parameters, matches, quantizer_scales
+from rewriter.training.parameters import (
+    choose_parameters,
+    float_names,
+    matches,
+    quantizer_scales,
+    require_frozen_names,
+)
 from rewriter.training.recomputation import recompute_dequantized
 from rewriter.training.reserved_names import is_reserved, rename
 
@@ -129,7 +135,9 @@ def write_training_artifacts(
     if is_reserved(loss.name or ""):  # the model's own loss: the API would not return it
         rename([loss], FreeNames(training))
     graph.outputs[:] = [loss, *(output for output in own_outputs if output is not loss)]
+    names = float_names(graph)
     form = TrainingForm(training, recipe, plan, folding or FoldReport())
+    require_frozen_names(recipe.frozen, form.freezable(names), form.updated)
     trained, frozen = _trained_values(graph, recipe, loss, form)
 
     evaluation = training.clone()
@@ -166,9 +174,10 @@ def write_training_artifacts(
     )
     # In the training model these are inner values.
     rename([output for output in graph.outputs if is_reserved(output.name or "")], FreeNames(training))
+    data = list(graph.inputs)
     _add_gradients(training, loss, trainable, form, _names(parameters))
     lower(training, saturation="before", for_training=True)
-    recompute_dequantized(graph, loss)
+    recompute_dequantized(graph, loss, data)
     _write(training, folder / bundles.TRAINING_MODEL)
     stamp(folder / bundles.CHECKPOINT, identity_of(folder / bundles.TRAINING_MODEL))
     optimizer = optimizer_model(

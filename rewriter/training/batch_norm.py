@@ -17,9 +17,13 @@ of is the recipe's choice (`fold_statistics`):
                       sigma_B^2 = var(z) / k^2 + epsilon, mean = mean(z)
 
 With nothing quantized both are ordinary batch normalization before the freeze, and inference batch
-normalization after it. Where k is 0, z says nothing of u, and the running statistics stand in.
+normalization after it. Where gamma is 0, z says nothing of u, and the running statistics stand in: the
+gradient of that gamma is then batch normalization's but for the ratio of the deviations.
 
     m = momentum m + (1 - momentum) mean(u)        v likewise, until the freeze
+
+With the quantized layer these are the statistics of z / k, rounding included: what the deployed layer will
+have, not those of the float one. A channel that rounds to 0 keeps the running statistics it has.
 
 v takes the variance of the population, as ONNX's BatchNormalization has it; for target tf_contrib it takes
 n / (n - 1) times that, as TensorFlow's fused kernel.
@@ -39,7 +43,7 @@ import onnx_ir as ir
 
 from rewriter.channel_operators import AFFINE, NORMALIZE, STATISTICS, all_but_channels
 from rewriter.fake_quantize import DOMAIN
-from rewriter.fold.report import Trained
+from rewriter.fold.report import TrainedBatchNorm
 from rewriter.names import FreeNames
 from rewriter.operators import traits_of
 from rewriter.recipe import FoldStatistics
@@ -122,7 +126,7 @@ class TrainingBatchNorms:
             scaled_mean = emit.op("Mul", a, z_mean, shape=shape)
         return a, emit.op("Sub", values.beta, scaled_mean, shape=shape), mean, variance
 
-    def normalize(self, trained: Trained) -> None:
+    def normalize(self, trained: TrainedBatchNorm) -> None:
         """A batch norm of its own."""
         if _is_frozen_at_once(trained.freeze_bn_delay):
             return
@@ -265,8 +269,10 @@ def _is_known(emit: Emitter, values: BatchNormValues) -> ir.Value:
 def _of_float_layer(
     emit: Emitter, values: BatchNormValues, z_mean: ir.Value, z_variance: ir.Value, known: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Mean and variance of u = z / k."""
+    """Mean and variance of u = z / k; the running ones where z, quantized to 0, says nothing of u."""
     shape = values.factor.shape
+    varies = emit.op("Greater", z_variance, emit.constant(0.0), shape=shape, dtype=ir.DataType.BOOL)
+    known = emit.op("And", known, varies, shape=shape, dtype=ir.DataType.BOOL)
     k = emit.op("Where", known, values.factor, emit.constant(1.0), shape=shape)
     mean = emit.op("Div", z_mean, k, shape=shape)
     variance = emit.op("Div", emit.op("Div", z_variance, k, shape=shape), k, shape=shape)

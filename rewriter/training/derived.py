@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter import inference
 from rewriter.errors import ErrorCode, QatError
@@ -38,11 +37,11 @@ def derived_values(
     outputs = [o for node in graph for o in node.outputs if o.name in wanted]
     if not outputs:
         return {}
+    nodes, used = _cone(outputs)
     for output in outputs:
         output.type = ir.TensorType(ir.DataType.FLOAT)
     graph.outputs[:] = outputs
-    RemoveUnusedNodesPass()(clone)
-    used = [value for value in graph.inputs if value.uses()]
+    graph.remove([node for node in graph if node not in nodes], safe=False)
     graph.inputs[:] = used
     for value in used:
         _require(parameters, value)
@@ -50,6 +49,23 @@ def derived_values(
     feed = {value.name or "": parameters[value.name or ""] for value in used}
     found = [output.name or "" for output in outputs]
     return dict(zip(found, inference.run(session, found, feed), strict=True))
+
+
+def _cone(outputs: Iterable[ir.Value]) -> tuple[set[ir.Node], list[ir.Value]]:
+    """The nodes that the outputs depend on, and the graph inputs among what these read."""
+    nodes: set[ir.Node] = set()
+    inputs: dict[ir.Value, None] = {}
+    pending = list(outputs)
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            if value.is_graph_input():
+                inputs[value] = None
+        elif node not in nodes:
+            nodes.add(node)
+            pending.extend(operand for operand in node.inputs if operand is not None)
+    return nodes, list(inputs)
 
 
 def _require(parameters: Mapping[str, FloatArray], value: ir.Value) -> None:

@@ -7,6 +7,8 @@ graph into that of a training step. In both, quantizers with a delay wait for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from rewriter import fake_quantize
@@ -81,6 +83,23 @@ class TrainingForm:
             for value in (one.original, one.values.gamma, one.values.beta)
             if is_constant(value)
         }
+
+    @property
+    def updated(self) -> list[str]:
+        """Names of what the training graph itself updates: states, and scales and zero points made of
+        them."""
+        quantizers = [one.quantizer for one in self.tracked]
+        tracked = [name for one in quantizers for name in (one.scale_name, one.zero_point_name)]
+        return [*(state.name or "" for state in self.states.values), *tracked]
+
+    def freezable(self, initializers: Sequence[str]) -> list[str]:
+        """Of the QAT model's float initializers, and what batch norms were folded of, what could be
+        trained."""
+        computed = {name for one in self._unfolded for name in (one.fold.weight, one.fold.bias)}
+        excluded = {*computed, *self.updated}
+        names = [name for name in initializers if name not in excluded]
+        names += [value.name or "" for value in self.batch_norm_parameters]
+        return [*names, *(quantizer.zero_point_name for quantizer in self.learnable)]
 
     def learn(self, quantizer: GraphQuantizer, *, fixed_zero_point: bool) -> LearnedRange:
         """Train the range of one of `learnable`."""

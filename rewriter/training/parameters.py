@@ -41,9 +41,6 @@ def choose_parameters(
         excluded: initializers that are none, and need no reason: state, what ranges are computed of.
         frozen_prefixes: names of parameters, or prefixes that end at a "/" or "." of the name, that are
             not to be trained.
-
-    Raises:
-        QatError: `recipe_scope_unmatched` for a prefix that no float initializer has.
     """
     scales = {scale.name for scale in quantizer_scales(graph)}
     floats = [
@@ -51,10 +48,6 @@ def choose_parameters(
         for v in graph.initializers.values()
         if v.dtype in _FLOATS and v.name not in scales and v not in excluded
     ]
-    zero_points = [name for name in graph.initializers if name.endswith("_zero_point")]
-    _require_matches(
-        frozen_prefixes, [v.name or "" for v in floats] + [name or "" for name in scales] + zero_points
-    )
     candidates, frozen = [], {}
     for value in floats:
         reason = _reason_not_to_train(value, graph, frozen_prefixes, is_known=value in known)
@@ -164,12 +157,26 @@ def _is_parameter(value: ir.Value, node: ir.Node, index: int) -> bool:
     return condition is None or condition(value)
 
 
-def _require_matches(prefixes: Sequence[str], names: Sequence[str]) -> None:
+def require_frozen_names(prefixes: Sequence[str], trainable: Sequence[str], state: Sequence[str]) -> None:
+    """Raise `recipe_scope_unmatched` for a prefix of the recipe's `frozen` that freezes nothing.
+
+    Args:
+        trainable: names of what could be trained: parameters, scales and zero points.
+        state: names of what the training graph itself updates: no parameter, but perhaps what was meant.
+    """
     for index, prefix in enumerate(prefixes):
-        if not prefix or not any(matches(name, prefix) for name in names):
-            known = ", ".join(repr(name) for name in names[:3])
-            raise QatError(
-                ErrorCode.RECIPE_SCOPE_UNMATCHED,
-                f"No parameter is called {prefix!r} or begins with it at a '/' or '.' ({known}, ...).",
-                field=f"frozen.{index}",
+        if prefix and any(matches(name, prefix) for name in trainable):
+            continue
+        known = ", ".join(repr(name) for name in trainable[:3])
+        message = f"No parameter is called {prefix!r} or begins with it at a '/' or '.' ({known}, ...)."
+        if prefix and any(matches(name, prefix) for name in state):
+            message = (
+                f"{prefix!r} is not trained but updated by the training graph: freeze_bn_delay keeps running "
+                'statistics, ranges = "fixed" keeps ranges; an override does so for some nodes only.'
             )
+        raise QatError(ErrorCode.RECIPE_SCOPE_UNMATCHED, message, field=f"frozen.{index}")
+
+
+def float_names(graph: ir.Graph) -> list[str]:
+    """The floating-point initializers, by name."""
+    return [name for name, value in graph.initializers.items() if value.dtype in _FLOATS]

@@ -28,6 +28,7 @@ class GraphQuantizer:
     name: str
     scale: ir.Value
     zero_point: ir.Value
+    scale_name: str
     zero_point_name: str
     nodes: tuple[FakeQuantize, ...]
     ranges: RangeSource
@@ -69,6 +70,7 @@ def _quantizer(
         name=(scale.name or "").removesuffix("_scale"),
         scale=scale,
         zero_point=zero_point,
+        scale_name=scale.name or "",
         zero_point_name=zero_point.name or "",
         nodes=tuple(nodes),
         ranges=recipe.ranges if plan is None else plan.ranges,

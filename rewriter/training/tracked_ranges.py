@@ -60,7 +60,7 @@ class TrackedRange:
 def read_range(graph: ir.Graph, quantizer: GraphQuantizer, emit: Emitter, states: States) -> TrackedRange:
     """Compute scale and zero point of the quantizer from a range in the checkpoint, at `emit`.
 
-    The range starts as the calibrated one. `track_range` keeps it up to date.
+    The range starts as the calibrated one. `Tracker.track` keeps it up to date.
     """
     range_ = quantizer.range
     scale, zero_point = initializer_array(quantizer.scale), initializer_array(quantizer.zero_point)

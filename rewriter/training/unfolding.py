@@ -74,7 +74,7 @@ class _Unfolding:
 
     def unfold(self, folded: Folded, fold: TrainingFold) -> Unfolded:
         values = self._batch_norm(fold)
-        original = self._initializer(fold.original.name or "", fold.original)
+        original = self._weight_before_folding(fold.original_name, fold.original)
         if fold.weight not in self._weights:
             self._weights[fold.weight] = self._weight(fold, original, values.factor)
         bias = self._bias(fold, values)
@@ -85,7 +85,7 @@ class _Unfolding:
         key = (names, fold.epsilon)
         if key not in self._values:
             gamma, beta, mean, variance = (
-                self._initializer(name, ir.tensor(value, name=name))
+                add_initializer(self._graph, name, ir.tensor(value, name=name))
                 for name, value in zip(dataclasses.astuple(names), fold.values, strict=True)
             )
             self._states.adopt(mean)
@@ -97,9 +97,14 @@ class _Unfolding:
             self._values[key] = BatchNormValues(gamma, beta, mean, variance, deviation, factor)
         return self._values[key]
 
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def _weight_before_folding(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """The initializer, which is still in the graph where others read it."""
         found = self._graph.initializers.get(name)
-        return add_initializer(self._graph, name, tensor) if found is None else found
+        if found is None:
+            return add_initializer(self._graph, name, tensor)
+        if found.const_value is not tensor:
+            raise ValueError(f"another tensor took the name of the folded weight {name!r}")
+        return found
 
     def _weight(self, fold: TrainingFold, original: ir.Value, factor: ir.Value) -> ir.Value:
         emit = self._emit.at(fold.weight)

@@ -163,13 +163,19 @@ def test_a_batched_matrix_product_has_its_channels_elsewhere() -> None:
     assert "channels" in fold_and_compare(model).left[0].reason
 
 
-def test_training_mode_is_left() -> None:
+@pytest.mark.parametrize("outputs", ["y", "y, float[4] m"])
+def test_training_mode_is_inference_mode_unless_the_model_reads_the_new_statistics(outputs: str) -> None:
     model = with_statistics(
-        f"g (float[N,3,8,8] x) => (y) <float[4,3,3,3] w, {C4}> {{ u = Conv(x, w) "
+        f"g (float[N,3,8,8] x) => ({outputs}) <float[4,3,3,3] w, {C4}> {{ u = Conv(x, w) "
         "y, m, v = BatchNormalization<training_mode=1>(u, gamma, beta, mean, var) }"
     )
     report = fold_batch_norms(model)
-    assert [one.reason for one in report.left] == ["it is in training mode"]
+    assert len(report.training_mode) == 1
+    if outputs == "y":
+        assert (len(report.folded), report.still_in_training_mode) == (1, ())
+    else:
+        assert [one.reason for one in report.left] == ["it is in training mode"]
+        assert report.still_in_training_mode == report.training_mode
 
 
 @pytest.mark.parametrize("variance", [-1.0, np.nan, np.inf])

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from rewriter.errors import ErrorCode, QatError
+from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.placement import place
 from rewriter.placement.settings import has_prefix
 from rewriter.quantization import IntegerRange, Plan, Quantizer
@@ -266,3 +267,29 @@ def test_the_plan_of_a_model_is_always_the_same_and_the_model_stays_as_it_is() -
     plans = [place(model, Recipe()) for _ in range(2)] + [place(chain(), Recipe())]
     assert plans[0] == plans[1] == plans[2]
     assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_quantizers_that_the_model_came_with_follow_overrides_and_scope() -> None:
+    """Of the node that makes their tensor; what is outside the scope stays as it is."""
+    text = """g (float[1,4] x) => (y)
+    <float[4,4] w, float[4,4] v, float s = {0.1}, float t = {0.2}, uint8 z = {128}> {
+        a = MatMul(x, w)
+        aq = QuantizeLinear(a, s, z)
+        ad = DequantizeLinear(aq, s, z)
+        b = MatMul(ad, v)
+        bq = QuantizeLinear(b, t, z)
+        bd = DequantizeLinear(bq, t, z)
+        y = Relu(bd)
+    }"""
+    found = {}
+    for name, settings in (
+        ("override", {"overrides": (Override(match="b_node", ranges="fixed", quant_delay=3),)}),
+        ("scope", {"scope": "a_node", "ranges": "moving_average", "quant_delay": 5}),
+    ):
+        model = graph(text)
+        RaiseQuantizePairs()(model)
+        plan = place(model, Recipe(**settings))
+        existing = [quantizer for quantizer in plan.quantizers if quantizer.existing]
+        found[name] = {q.tensors[0].name: (q.ranges, q.quant_delay) for q in existing}
+    assert found["override"] == {"a": ("learned", 0), "b": ("fixed", 3)}
+    assert found["scope"] == {"a": ("moving_average", 5), "b": ("fixed", 0)}

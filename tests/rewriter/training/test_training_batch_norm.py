@@ -6,10 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import rewriter
+from rewriter import inference
+from rewriter.errors import ErrorCode, QatError
 from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.fold.report import FoldReport
 from rewriter.normalize import normalize
@@ -346,10 +350,10 @@ def test_batch_norms_that_share_single_tensors_get_copies(tmp_path: Path) -> Non
     net.op("Gemm", "y", net.weight("y.w", 6, CLASSES))
     training = Training(net, tmp_path / "t")
     tensors = [dataclasses.astuple(one.training.tensors) for one in training.folding.folded]
-    # All four the same is one module, called twice; but then the zeros are not its own.
-    assert tensors[0] == tensors[1]
-    assert len(set(tensors[0])) == 4
-    assert set(tensors[0]) <= {*training.report.trainable, *training.report.state}
+    # They read other weights: these are two modules.
+    assert len({*tensors[0], *tensors[1]}) == 8
+    assert {*tensors[0], *tensors[1]} <= {*training.report.trainable, *training.report.state}
+    assert not {"ones", "zeros"} & {*training.report.trainable, *training.report.frozen}
 
 
 def test_what_is_outside_the_scope_keeps_its_running_statistics(tmp_path: Path) -> None:
@@ -388,8 +392,158 @@ def test_a_batch_norm_exported_in_training_mode_trains_like_the_others(tmp_path:
     node.output.extend(["new_mean", "new_var"])  # type: ignore[attr-defined]
     node.attribute.append(helper.make_attribute("training_mode", 1))  # type: ignore[attr-defined]
     training = Training(net, tmp_path / "t")
-    assert (training.folding.found, training.folding.training_mode) == (5, 1)
+    assert (training.folding.found, training.folding.training_mode) == (5, ("b2",))
     assert len(training.folding.folded) == 5
     plain = Training(separable_net(), tmp_path / "p")
     feeds = batch()
     assert training.step(*feeds).loss == plain.step(*feeds).loss
+
+
+# --- Names, types and bodies: what must not mix. ---
+
+
+@pytest.mark.parametrize("role", ["gamma", "beta", "mean", "var", "weight"])
+@pytest.mark.parametrize("suffix", ["scale", "zero_point"])
+def test_no_quantizer_takes_the_name_of_what_was_folded(tmp_path: Path, role: str, suffix: str) -> None:
+    """Nor does the untrained bundle compute anything else than the float model."""
+    taken = f"w2_{suffix}"
+    net = Net()
+    net.op("Conv", "c1", net.weight("w1", 4, 3, 3, 3)).bn("b1", 4).op("Relu", "r1")
+    net.op("Conv", "c2", net.weight("w2", 4, 4, 3, 3)).op("Relu", "r2").op("GlobalAveragePool", "p")
+    net.op("Flatten", "y", axis=1)
+    old = "w1" if role == "weight" else f"b1.{role}"
+    net.initializers[taken] = net.initializers.pop(old)
+    for node in net.nodes:
+        for index, name in enumerate(node.input):  # type: ignore[attr-defined]
+            if name == old:
+                node.input[index] = taken  # type: ignore[attr-defined]
+    onnx.save(ir.to_proto(net.model()), tmp_path / "net.onnx")
+    x, labels = batch()
+    np.savez(tmp_path / "x.npz", x=x)
+    for ranges in ("learned", "fixed"):
+        rewriter.prepare(
+            tmp_path / "net.onnx",
+            tmp_path / "bundle",
+            recipe=Recipe(ranges=ranges),  # type: ignore[arg-type]
+            calibration=tmp_path / "x.npz",
+            replace=True,
+        )
+        session = open_session(tmp_path / "bundle")
+        session.module.eval()
+        _, found = session.module(x, labels)
+        (expected,) = inference.run(inference.open_session(tmp_path / "net.onnx"), ["y"], {"x": x})
+        np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_the_body_of_an_if_may_read_a_quantized_tensor(tmp_path: Path) -> None:
+    net = Net()
+    net.op("Conv", "c1", net.weight("w1", 4, 3, 3, 3)).bn("b1", 4)
+    shape = ["N", 4, 11, 9]
+    bodies = {
+        f"{branch}_branch": helper.make_graph(
+            [helper.make_node(op, ["b1"], [branch], name=f"{branch}/{op}")],
+            branch,
+            [],
+            [helper.make_tensor_value_info(branch, TensorProto.FLOAT, shape)],
+        )
+        for branch, op in (("then", "Sigmoid"), ("else", "Tanh"))
+    }
+    net.initializers["yes"] = np.array(True)
+    net.nodes.append(helper.make_node("If", ["yes"], ["i"], name="if", **bodies))
+    net.last = "b1"
+    net.op("Relu", "r").op("GlobalAveragePool", "p").op("Flatten", "f", axis=1)
+    net.op("Gemm", "g", net.weight("w2", 4, CLASSES))
+    net.nodes.append(helper.make_node("ReduceMean", ["i"], ["m"], name="m", keepdims=0))
+    net.op("Add", "y", "m")
+    graph = helper.make_graph(
+        net.nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *IMAGE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", CLASSES])],
+        [numpy_helper.from_array(value, name) for name, value in net.initializers.items()],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
+        tmp_path / "net.onnx",
+    )
+    for ranges in ("learned", "moving_average"):
+        recipe = Recipe(ranges=ranges)  # type: ignore[arg-type]
+        rewriter.prepare(tmp_path / "net.onnx", tmp_path / "bundle", recipe=recipe, replace=True)
+        rewriter.finalize(tmp_path / "bundle", tmp_path / "int8.onnx")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("mode", ["fold_training", "keep"])
+def test_a_batch_norm_that_is_not_float32_is_left_with_the_reason(
+    tmp_path: Path, dtype: type, mode: str
+) -> None:
+    to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    net = Net()
+    net.op("Conv", "c1", net.weight("w1", 4, 3, 3, 3)).bn("b0", 4).op("Cast", "low", to=to)
+    net.bn("b1", 4).op("Cast", "back", to=TensorProto.FLOAT)
+    for name in ("b1.gamma", "b1.beta", "b1.mean", "b1.var"):
+        net.initializers[name] = net.initializers[name].astype(dtype)
+    training = Training(_pooled(net, 4), tmp_path / "t", batch_norm=mode)
+    (left,) = training.folding.left
+    assert left.node == "b1"
+    assert "not float32 throughout" in left.reason
+    assert np.isfinite(training.step(*batch()).loss)
+
+
+def test_in_training_mode_where_the_model_reads_the_new_statistics_it_stays_and_is_named(
+    tmp_path: Path,
+) -> None:
+    net = separable_net()
+    node = next(n for n in net.nodes if n.name == "b5")  # type: ignore[attr-defined]
+    node.output.extend(["new_mean", "new_var"])  # type: ignore[attr-defined]
+    node.attribute.append(helper.make_attribute("training_mode", 1))  # type: ignore[attr-defined]
+    model = net.model()
+    graph = ir.to_proto(model).graph
+    graph.output.append(helper.make_tensor_value_info("new_mean", TensorProto.FLOAT, [5]))
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(proto, tmp_path / "net.onnx")
+    manifest = rewriter.prepare(tmp_path / "net.onnx", tmp_path / "bundle")
+    assert "but for 1 that normalize(s) with every batch" in manifest.batch_norms.note
+    assert any("'b5' left in training mode" in warning for warning in manifest.warnings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frozen": ("b1.mean",)}, "updated by the training graph"),
+        ({"frozen": ("x_scale",), "ranges": "moving_average"}, "updated by the training graph"),
+        ({"frozen": ("c1.w_folded",)}, "No parameter is called"),
+    ],
+    ids=["running mean", "tracked scale", "computed weight"],
+)
+def test_frozen_names_what_training_could_change(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    onnx.save(ir.to_proto(separable_net().model()), tmp_path / "net.onnx")
+    with pytest.raises(QatError, match=message) as caught:
+        rewriter.prepare(tmp_path / "net.onnx", tmp_path / "bundle", recipe=Recipe(**settings))  # type: ignore[arg-type]
+    assert (caught.value.code, caught.value.field) == (ErrorCode.RECIPE_SCOPE_UNMATCHED, "frozen.0")
+
+
+def test_frozen_covers_what_was_folded(tmp_path: Path) -> None:
+    training = Training(separable_net(), tmp_path / "t", frozen=("b1", "c2.w"))
+    assert not {"b1.gamma", "b1.beta", "c2.w"} & set(training.report.trainable)
+    assert {"b1.gamma", "b1.beta", "c2.w"} <= set(training.report.frozen)
+    assert "b2.gamma" in training.report.trainable
+
+
+def test_a_channel_that_rounds_to_0_keeps_its_running_statistics(tmp_path: Path) -> None:
+    """One scale for the whole weight, and a gamma that is nothing beside the others."""
+    net = separable_net()
+    net.initializers["b1.gamma"][:] = 1
+    net.initializers["b1.gamma"][3] = 1e-4
+    onnx.save(ir.to_proto(net.model()), tmp_path / "net.onnx")
+    recipe = Recipe(per_channel=False, weight_bits=4)
+    rewriter.prepare(tmp_path / "net.onnx", tmp_path / "bundle", recipe=recipe)
+    session = open_session(tmp_path / "bundle")
+    session.module.train()
+    for seed in range(3):
+        session.module(*batch(seed=seed))
+    variance = np.array(session.state.parameters["b1.var"].data)
+    moved = variance != net.initializers["b1.var"]
+    assert moved.tolist() == [channel != 3 for channel in range(8)]

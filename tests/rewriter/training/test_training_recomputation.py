@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from rewriter.quantization import IntegerRange
 from rewriter.recipe import Recipe
 from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.recomputation import recompute_dequantized
@@ -48,7 +49,7 @@ def readers(graph: ir.Graph, name: str) -> list[str]:
 
 def test_the_backward_pass_reads_its_own_copy_of_an_activation() -> None:
     graph = (model := lowered()).graph
-    recompute_dequantized(graph, graph.outputs[0])
+    recompute_dequantized(graph, graph.outputs[0], graph.inputs[:1])
     assert readers(graph, "y") == ["a"]
     assert readers(graph, "y_again") == ["dx", "dw"]
     assert readers(graph, "v") == ["a", "dv"]  # weights are kept
@@ -63,7 +64,7 @@ def test_the_numbers_stay(tmp_path: Path) -> None:
     for recompute in (False, True):
         model = lowered()
         if recompute:
-            recompute_dequantized(model.graph, model.graph.outputs[0])
+            recompute_dequantized(model.graph, model.graph.outputs[0], model.graph.inputs[:1])
         session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
         results.append(session.run(None, {"x": x, "w": w}))
     for before, after in zip(*results, strict=True):
@@ -73,7 +74,7 @@ def test_the_numbers_stay(tmp_path: Path) -> None:
 def test_onnxruntime_does_not_merge_the_copies(tmp_path: Path) -> None:
     """It merges nodes that are the same; then activations would wait in float32."""
     model = lowered()
-    recompute_dequantized(model.graph, model.graph.outputs[0])
+    recompute_dequantized(model.graph, model.graph.outputs[0], model.graph.inputs[:1])
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -93,3 +94,14 @@ def test_training_graphs_recompute_and_eval_graphs_do_not(tmp_path: Path) -> Non
     session = open_session(tmp_path)
     session.module.train()
     assert np.isfinite(session.module(*nets.batch()))
+
+
+def test_weights_with_one_scale_are_not_dequantized_again(tmp_path: Path) -> None:
+    """They are parameters, not data, though inputs of the training graph."""
+    net = nets.mlp()
+    for name, range_ in (("x", (0, 255)), ("W1", (-127, 127))):
+        nets.quantize(net, name, IntegerRange(*range_), np.float32(0.05), 0)
+    write_training_artifacts(net, Recipe(), tmp_path)
+    again = [n.name for n in onnx.load(tmp_path / "training_model.onnx").graph.node if "_again" in n.name]
+    assert len(again) == 1
+    assert again[0].startswith("x_")
