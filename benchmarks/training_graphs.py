@@ -222,6 +222,9 @@ VARIANTS: Final[Mapping[str, Callable[[Job, Path], object]]] = {
     "fixed W8A8": _bundle(ranges="fixed"),
     "moving average W8A8": _bundle(ranges="moving_average"),
     "learned W8A8, fold in training": _bundle(batch_norm="fold_training"),
+    "learned W8A8, fold in training, float layer": _bundle(
+        batch_norm="fold_training", fold_statistics="float_layer"
+    ),
     "moving average W8A8, fold in training": _bundle(ranges="moving_average", batch_norm="fold_training"),
 }
 TORCH_VARIANTS: Final[Mapping[str, Callable[[Job, Path], object]]] = {
