@@ -49,3 +49,10 @@ def initializer_array(value: ir.Value | None) -> npt.NDArray[Any]:
     array = constant_array(value)
     assert array is not None
     return array
+
+
+def replace_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    """Take the initializer out of the graph, and its name from it: a computed value gets it."""
+    del graph.initializers[value.name or ""]
+    value.const_value = None
+    value.name = None

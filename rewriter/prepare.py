@@ -14,7 +14,6 @@ from rewriter import inference
 from rewriter import manifest_sections as sections
 from rewriter.calibration import calibrate
 from rewriter.errors import ErrorCode, QatError
-from rewriter.finalize.parameters import apply_checkpoint
 from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.insertion import insert
 from rewriter.installation import training_build
@@ -30,6 +29,7 @@ from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.checkpoint import read_checkpoint
 from rewriter.training.reserved_names import free_reserved_names
 from rewriter.training.runtime import open_session
+from rewriter.training.trained_values import apply_checkpoint
 
 
 def prepare(

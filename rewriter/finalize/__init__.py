@@ -16,7 +16,6 @@ from rewriter import bundle as bundles
 from rewriter.calibration.npz import NpzSamples
 from rewriter.fake_quantize import is_fake_quantize, read
 from rewriter.finalize.biases import quantize_biases
-from rewriter.finalize.parameters import apply_trained_checkpoint
 from rewriter.finalize.verification import (
     FLOAT_KERNELS,
     INTEGER_KERNELS,
@@ -32,6 +31,7 @@ from rewriter.manifest import FileEntry, Manifest
 from rewriter.normalize.quantize_pairs import RaiseQuantizePairs
 from rewriter.progress import Progress, silent
 from rewriter.training.checkpoint import identity_of, latest_checkpoint, read_checkpoint
+from rewriter.training.trained_values import apply_trained_checkpoint
 
 __all__ = ["Agreement", "FinalizeReport", "finalize"]
 

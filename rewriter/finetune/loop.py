@@ -16,7 +16,6 @@ import onnx_ir as ir
 
 from rewriter.calibration.npz import Batch
 from rewriter.errors import ErrorCode, QatError
-from rewriter.finalize.parameters import require_finite
 from rewriter.finetune.batches import Plan, take
 from rewriter.finetune.evaluation import Evaluation, HeldOut, Scoring, evaluate
 from rewriter.finetune.phases import Delays, Phase
@@ -27,6 +26,7 @@ from rewriter.manifest import Manifest
 from rewriter.progress import Progress
 from rewriter.training.derived import derived_values, require_scales
 from rewriter.training.runtime import TrainingSession
+from rewriter.training.trained_values import require_finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,8 @@ def write_training_artifacts(
     trained, frozen = _trained_values(graph, recipe, loss, form)
 
     evaluation = training.clone()
-    form.begin()
+    reset = ir.Value(name=layout.RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    form.begin(reset)
     parameters = _in_checkpoint(graph, trained, form)
     trainable = [value for value in parameters if value in trained]
     report = TrainingReport(
@@ -175,7 +176,7 @@ def write_training_artifacts(
     # In the training model these are inner values.
     rename([output for output in graph.outputs if is_reserved(output.name or "")], FreeNames(training))
     data = list(graph.inputs)
-    _add_gradients(training, loss, trainable, form, _names(parameters))
+    _add_gradients(training, loss, trainable, form, _names(parameters), reset)
     lower(training, saturation="before", for_training=True)
     recompute_dequantized(graph, loss, data)
     _write(training, folder / bundles.TRAINING_MODEL)
@@ -292,6 +293,7 @@ def _add_gradients(
     trainable: Sequence[ir.Value],
     form: TrainingForm,
     parameters: Sequence[str],
+    reset: ir.Value,
 ) -> None:
     """Turn the forward model into the training model: gradients, their accumulation, the updates of the
     state, parameters as inputs."""
@@ -304,7 +306,6 @@ def _add_gradients(
     RemoveUnusedNodesPass()(training)
 
     names = FreeNames(training)
-    reset = form.reset
     graph.outputs[:] = [loss]
     for value in trainable:
         gradient = gradients[value]

@@ -18,7 +18,6 @@ from rewriter.operators import is_constant
 from rewriter.quantization import Plan
 from rewriter.recipe import FoldStatistics, Recipe, TrainingDevice
 from rewriter.targets import TARGETS
-from rewriter.training import layout
 from rewriter.training.batch_norm import BatchNormTraining, TrainingBatchNorms
 from rewriter.training.emitter import Emitter
 from rewriter.training.learned_ranges import LearnedRange, learn_range
@@ -36,7 +35,6 @@ class TrainingForm:
         learnable: the quantizers whose range may be trained; `learn` makes it so.
         learned, tracked: the ranges that training changes.
         batch_norm_parameters: initializers that are parameters because batch norms were folded.
-        reset: the value that becomes the input `lazy_reset_grad`, bool [1].
     """
 
     def __init__(self, model: ir.Model, recipe: Recipe, plan: Plan, folding: FoldReport) -> None:
@@ -65,7 +63,6 @@ class TrainingForm:
         ]
         self.learnable = [quantizer for quantizer in quantizers if quantizer.ranges == "learned"]
         self.learned: list[LearnedRange] = []
-        self.reset = ir.Value(name=layout.RESET, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
 
     @property
     def statistics(self) -> FoldStatistics:
@@ -109,8 +106,12 @@ class TrainingForm:
         self.learned.append(learned)
         return learned
 
-    def begin(self) -> None:
-        """From the form that is evaluated to that of a training step."""
+    def begin(self, reset: ir.Value) -> None:
+        """From the form that is evaluated to that of a training step.
+
+        Args:
+            reset: what becomes the input `lazy_reset_grad`, bool [1].
+        """
         batch_norms = TrainingBatchNorms(self._graph, self._names, self.states, self._gates, self._training)
         for unfolded in self._unfolded:
             batch_norms.normalize_layer(unfolded)
@@ -120,7 +121,7 @@ class TrainingForm:
         for tracked in self.tracked:
             tracker.track(tracked)
         first = Emitter(self._graph, self._names, "")
-        count_step(first, self.step_counter, self.states, self._recipe.step_counter, self.reset)
+        count_step(first, self.step_counter, self.states, self._recipe.step_counter, reset)
 
     def _insert_gates(self, quantizers: list[GraphQuantizer]) -> None:
         """A bias is rounded once both of its scales are those of quantizers that act."""

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter import fake_quantize
-from rewriter.initializers import add_initializer, initializer_array
+from rewriter.initializers import add_initializer, initializer_array, replace_initializer
 from rewriter.names import FreeNames
 from rewriter.training.emitter import Emitter
 from rewriter.training.quantizers import GraphQuantizer
@@ -117,10 +117,3 @@ def _learn_zero_point(
     trained = emit.op("Clip", node.outputs[0], *bounds, shape=[], name=name)
     zero_point.replace_all_uses_with(trained)
     return offset, constant
-
-
-def replace_initializer(graph: ir.Graph, value: ir.Value) -> None:
-    """Take the initializer out, and its name from it: a computed value gets it."""
-    del graph.initializers[value.name or ""]
-    value.const_value = None
-    value.name = None

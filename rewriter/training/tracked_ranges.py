@@ -28,12 +28,11 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter import fake_quantize
-from rewriter.initializers import initializer_array
+from rewriter.initializers import initializer_array, replace_initializer
 from rewriter.names import FreeNames
 from rewriter.operators import is_constant, is_operator, movement_inputs, traits_of
 from rewriter.quantization import MINIMUM_SCALE, IntegerRange
 from rewriter.training.emitter import Emitter
-from rewriter.training.learned_ranges import replace_initializer
 from rewriter.training.quantizers import GraphQuantizer
 from rewriter.training.state import States
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.fold.report import Folded, TrainingFold
-from rewriter.initializers import add_initializer
+from rewriter.initializers import add_initializer, replace_initializer
 from rewriter.training.emitter import Emitter
 from rewriter.training.state import States
 
@@ -108,8 +108,8 @@ class _Unfolding:
 
     def _weight(self, fold: TrainingFold, original: ir.Value, factor: ir.Value) -> ir.Value:
         emit = self._emit.at(fold.weight)
-        replaced = self._graph.initializers.pop(fold.weight)
-        replaced.const_value, replaced.name = None, None
+        replaced = self._graph.initializers[fold.weight]
+        replace_initializer(self._graph, replaced)
         along = _factor_along_weight(emit, fold, original, factor)
         weight = emit.op("Mul", original, along, shape=original.shape, name=fold.weight)
         replaced.replace_all_uses_with(weight)
@@ -118,9 +118,9 @@ class _Unfolding:
     def _bias(self, fold: TrainingFold, values: BatchNormValues) -> ir.Value:
         """beta - factor * mean, in the shape of the initializer that it replaces."""
         emit = self._emit.at(fold.bias)
-        replaced = self._graph.initializers.pop(fold.bias)
+        replaced = self._graph.initializers[fold.bias]
         shape = replaced.shape
-        replaced.const_value, replaced.name = None, None
+        replace_initializer(self._graph, replaced)
         shift = emit.op("Mul", values.mean, values.factor, shape=values.beta.shape)
         is_vector = shape is not None and len(shape) == 1
         bias = emit.op(

@@ -11,9 +11,9 @@ import pytest
 import rewriter
 from rewriter import Manifest
 from rewriter.errors import ErrorCode, QatError
-from rewriter.finalize.parameters import apply_trained_checkpoint
 from rewriter.load import load
 from rewriter.training.checkpoint import read_checkpoint
+from rewriter.training.trained_values import apply_trained_checkpoint
 from tests.rewriter.training import nets
 
 Parameters = dict[str, np.ndarray]
