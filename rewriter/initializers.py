@@ -51,6 +51,11 @@ def initializer_array(value: ir.Value | None) -> npt.NDArray[Any]:
     return array
 
 
+def float64_array(value: ir.Value | None) -> npt.NDArray[np.float64]:
+    """The same in float64: a copy."""
+    return initializer_array(value).astype(np.float64)
+
+
 def replace_initializer(graph: ir.Graph, value: ir.Value) -> None:
     """Take the initializer out of the graph, and its name from it: a computed value gets it."""
     del graph.initializers[value.name or ""]

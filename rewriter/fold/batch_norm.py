@@ -41,7 +41,7 @@ from rewriter.fold.channel_scale import merge_channel_scales
 from rewriter.fold.folding import Folding, tensors_of
 from rewriter.fold.matching import BatchNormPair, Left, match_batch_norms, why_not_affine
 from rewriter.fold.report import Folded, FoldReport, TrainedBatchNorm
-from rewriter.initializers import add_initializer, initializer_array
+from rewriter.initializers import add_initializer, float64_array, initializer_array
 from rewriter.names import FreeNames
 from rewriter.operators import is_operator
 from rewriter.placement.settings import NodeSettings, in_scope, settings_for_unit
@@ -221,11 +221,7 @@ def _is_own(
 def _statistics(graph: ir.Graph) -> dict[ir.Node, tuple[_Float64, _Float64]]:
     """Beta and |gamma| of every batch norm that is an affine function with known constants."""
     return {
-        node: (_float64(node.inputs[2]), np.abs(_float64(node.inputs[1])))
+        node: (float64_array(node.inputs[2]), np.abs(float64_array(node.inputs[1])))
         for node in graph
         if is_operator(node, "BatchNormalization") and why_not_affine(node, graph) is None
     }
-
-
-def _float64(value: ir.Value | None) -> _Float64:
-    return initializer_array(value).astype(np.float64)

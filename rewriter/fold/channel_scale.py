@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from rewriter.initializers import add_initializer, initializer_array
+from rewriter.initializers import add_initializer, float64_array
 from rewriter.names import FreeNames
 from rewriter.operators import is_constant, is_operator
 
@@ -42,15 +42,15 @@ def _try_merge(batch_norm: ir.Node, graph: ir.Graph, names: FreeNames) -> bool:
     if not is_operator(follower, "Mul", "Add") or follower.graph is not graph:
         return False
     constant = next((value for value in follower.inputs if is_constant(value)), None)
-    per_channel = None if constant is None else _per_channel(constant, output, _array(gamma).size)
+    per_channel = None if constant is None else _per_channel(constant, output, float64_array(gamma).size)
     if per_channel is None:
         return False
 
     if follower.op_type == "Mul":
-        _replace(batch_norm, 1, _array(gamma) * per_channel, graph, names)
-        _replace(batch_norm, 2, _array(beta) * per_channel, graph, names)
+        _replace(batch_norm, 1, float64_array(gamma) * per_channel, graph, names)
+        _replace(batch_norm, 2, float64_array(beta) * per_channel, graph, names)
     else:
-        _replace(batch_norm, 2, _array(beta) + per_channel, graph, names)
+        _replace(batch_norm, 2, float64_array(beta) + per_channel, graph, names)
     old = follower.outputs[0]
     name = old.name if old.is_graph_output() else output.name
     old.replace_all_uses_with(output, replace_graph_outputs=True)
@@ -63,7 +63,7 @@ def _try_merge(batch_norm: ir.Node, graph: ir.Graph, names: FreeNames) -> bool:
 
 def _per_channel(constant: ir.Value, x: ir.Value, channels: int) -> npt.NDArray[np.float64] | None:
     """The constant as one float64 value per channel of `x`, None where it varies along another axis."""
-    array = _array(constant)
+    array = float64_array(constant)
     if array.size == 1 and ((x.shape is not None and array.ndim <= len(x.shape)) or array.ndim == 0):
         return np.full(channels, array.reshape(()))
     if x.shape is None or array.ndim > len(x.shape):
@@ -84,7 +84,3 @@ def _replace(
         old.const_value = ir.tensor(values, name=old.name)
         return
     batch_norm.replace_input_with(index, add_initializer(graph, names.take(f"{old.name}_scaled"), values))
-
-
-def _array(value: ir.Value) -> npt.NDArray[np.float64]:
-    return initializer_array(value).astype(np.float64)

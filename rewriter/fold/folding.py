@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from rewriter.fold.matching import BatchNormPair, bias_of
 from rewriter.fold.report import BatchNormTensors, TrainingFold
-from rewriter.initializers import add_initializer, initializer_array
+from rewriter.initializers import add_initializer, float64_array, initializer_array
 from rewriter.names import FreeNames, reserve_names
 
 _Float64 = npt.NDArray[np.float64]
@@ -57,7 +57,7 @@ class Folding:
         values = [initializer_array(value) for value in pair.batch_norm.inputs[1:5]]
         if bias is not None:  # before the freeze it cancels: the running mean takes it in
             scale = pair.layer.attributes.get_float("beta", 1.0) if pair.layer.op_type == "Gemm" else 1.0
-            values[2] = (values[2] - scale * _rows(_float64(bias))).astype(np.float32)
+            values[2] = (values[2] - scale * _rows(float64_array(bias))).astype(np.float32)
             self._trained.add(bias)
         group = pair.layer.attributes.get_int("group", 1) if pair.layer.op_type == "ConvTranspose" else 1
         self._trained.add(weight.value)
@@ -112,14 +112,14 @@ class Folding:
         group = layer.attributes.get_int("group", 1) if layer.op_type == "ConvTranspose" else 1
         key = (weight, pair.weight.axis, group, factor.tobytes(), shared_with)
         if key not in self._weights:
-            array = _scaled(_float64(weight), factor, pair.weight.axis, group)
+            array = _scaled(float64_array(weight), factor, pair.weight.axis, group)
             self._weights[key] = self._initializer(f"{weight.name}_folded", array)
             self._replaced.setdefault(weight, []).append(self._weights[key])
         return self._weights[key]
 
     def _fold_bias(self, layer: ir.Node, factor: _Float64, shift: _Float64) -> ir.Value:
         bias = bias_of(layer)
-        values = np.zeros_like(shift) if bias is None else _float64(bias)
+        values = np.zeros_like(shift) if bias is None else float64_array(bias)
         if layer.op_type == "Gemm":
             values = values * layer.attributes.get_float("beta", 1.0)
             layer.attributes.pop("beta", None)
@@ -180,7 +180,3 @@ def _scaled(weight: _Float64, factor: _Float64, axis: int | None, group: int) ->
 def _rows(bias: _Float64) -> _Float64:
     """A Gemm's bias of shape [1, N] as [N]."""
     return bias[0] if bias.ndim == 2 and bias.shape[0] == 1 else bias
-
-
-def _float64(value: ir.Value | None) -> _Float64:
-    return initializer_array(value).astype(np.float64)

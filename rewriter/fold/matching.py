@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from rewriter.initializers import initializer_array
+from rewriter.initializers import float64_array
 from rewriter.operators import WeightOperand, is_constant, is_operator, weight_operand
 
 _Float64 = npt.NDArray[np.float64]
@@ -34,7 +34,7 @@ class BatchNormPair:
 
     def factor_and_shift(self) -> tuple[_Float64, _Float64]:
         """What the batch norm does to each channel, shape [channels]."""
-        gamma, beta, mean, variance = (_float64(value) for value in self.batch_norm.inputs[1:5])
+        gamma, beta, mean, variance = (float64_array(value) for value in self.batch_norm.inputs[1:5])
         factor = gamma / np.sqrt(variance + self.batch_norm.attributes.get_float("epsilon", 1e-5))
         return factor, beta - factor * mean
 
@@ -63,8 +63,10 @@ def why_not_affine(node: ir.Node, graph: ir.Graph) -> str | None:
         return "its running statistics are outputs of the model"
     if not all(is_constant(value) for value in node.inputs[1:5]):
         return "its statistics are not constants"
-    variance = _float64(node.inputs[4]) + node.attributes.get_float("epsilon", 1e-5)
-    if not (variance > 0).all() or not all(np.isfinite(_float64(value)).all() for value in node.inputs[1:5]):
+    variance = float64_array(node.inputs[4]) + node.attributes.get_float("epsilon", 1e-5)
+    if not (variance > 0).all() or not all(
+        np.isfinite(float64_array(value)).all() for value in node.inputs[1:5]
+    ):
         return "its variance is not positive, or a statistic is not finite"
     return None
 
@@ -89,7 +91,7 @@ def _match_layer(batch_norm: ir.Node) -> BatchNormPair | str:
         return f"the bias of {layer.op_type} {layer.name!r} is not a float constant"
     if layer.op_type == "MatMul" and not _makes_channels(layer, weight):
         return f"the channels of the batch norm are not those that the weight of MatMul {layer.name!r} makes"
-    if _channels(layer, weight) != _float64(batch_norm.inputs[1]).size:
+    if _channels(layer, weight) != float64_array(batch_norm.inputs[1]).size:
         return f"it has another number of channels than {layer.op_type} {layer.name!r}"
     return BatchNormPair(layer, weight, batch_norm)
 
@@ -113,7 +115,3 @@ def _channels(layer: ir.Node, weight: WeightOperand) -> int:
 def bias_of(layer: ir.Node) -> ir.Value | None:
     """The bias input of a Conv, ConvTranspose or Gemm."""
     return layer.inputs[2] if len(layer.inputs) > 2 else None
-
-
-def _float64(value: ir.Value | None) -> _Float64:
-    return initializer_array(value).astype(np.float64)

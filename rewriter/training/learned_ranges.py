@@ -15,7 +15,6 @@ begins or ends at 0, as after a Relu, an offset could only waste integers. (`ben
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,14 +24,6 @@ from rewriter.initializers import add_initializer, initializer_array, replace_in
 from rewriter.names import FreeNames
 from rewriter.training.emitter import Emitter
 from rewriter.training.quantizers import GraphQuantizer
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleParameter:
-    """How one scale is trained: "exp" is scale = initial scale * exp(parameter)."""
-
-    parameter: str
-    kind: Literal["exp"] = "exp"
 
 
 @dataclasses.dataclass(frozen=True)

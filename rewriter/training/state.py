@@ -33,18 +33,17 @@ class States:
         self._graph = graph
         self._names = names
         self._new: dict[ir.Value, ir.Value] = {}
-        self.values: list[ir.Value] = []
+        self.values: dict[ir.Value, None] = {}  # a set, in order
 
     def add(self, wanted: str, start: npt.NDArray[Any]) -> ir.Value:
         """A new state, float32, called `wanted` where that is free."""
         value = add_initializer(self._graph, self._names.take(wanted), np.asarray(start, np.float32))
-        self.values.append(value)
+        self.values[value] = None
         return value
 
     def adopt(self, value: ir.Value) -> None:
         """Make a state of an initializer that is in the graph."""
-        if value not in self.values:
-            self.values.append(value)
+        self.values[value] = None
 
     def current(self, state: ir.Value) -> ir.Value:
         """What the updates so far make of the state: where several add up, one continues the other."""
