@@ -57,6 +57,7 @@ from benchmarks.fashion_variants import (
     METHODS,
     MORE_FLOAT,
     MOVING_AVERAGE,
+    ON_REQUEST,
     ONE_MODEL,
     PER_BITS,
     STATIC,
@@ -285,7 +286,7 @@ def main() -> int:
         method
         for method in METHODS
         if (method != TORCH or arguments.torch_python)
-        and (not arguments.method or method == FLOAT or method in arguments.method)
+        and (method in arguments.method or method == FLOAT if arguments.method else method not in ON_REQUEST)
     ]
     if seeds < 1 or arguments.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")

@@ -30,7 +30,7 @@ from rewriter.bundle import TRAINED_CHECKPOINT
 from rewriter.fold.batch_norm import fold_batch_norms
 from rewriter.load import load
 from rewriter.normalize import normalize
-from rewriter.recipe import RangeSource
+from rewriter.recipe import FoldStatistics, RangeSource
 from rewriter.training.artifacts import write_training_artifacts
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[1]
@@ -73,7 +73,14 @@ class Settings:
         """The same for all seeds' models, and other orders than in the float training."""
         return Schedule(self.train_samples, self.qat_epochs, self.batch_size, self.qat_rate, seed + 1000)
 
-    def recipe(self, bits: int, ranges: RangeSource, *, batch_norm: Any = "fold_training") -> Recipe:
+    def recipe(
+        self,
+        bits: int,
+        ranges: RangeSource,
+        *,
+        batch_norm: Any = "fold_training",
+        fold_statistics: FoldStatistics | None = None,
+    ) -> Recipe:
         steps = self.qat_schedule(0).steps
         freeze = steps - round(self.frozen_share * steps) if batch_norm == "fold_training" else None
         return Recipe(
@@ -81,6 +88,7 @@ class Settings:
             activation_bits=bits,
             ranges=ranges,
             batch_norm=batch_norm,
+            fold_statistics=fold_statistics,
             freeze_bn_delay=freeze,
             overrides=(*FIRST_AND_LAST, *self._only_added()),
         )
@@ -228,9 +236,15 @@ def learned(run: Run) -> Outcome:
     return _qat(LEARNED, run, "learned")
 
 
-def _qat(method: str, run: Run, ranges: RangeSource) -> Outcome:
-    bundle, target = _paths(run, ranges)
-    recipe = run.settings.recipe(_bits(run), ranges)
+def learned_float_layer(run: Run) -> Outcome:
+    return _qat(LEARNED_FLOAT_LAYER, run, "learned", "float_layer")
+
+
+def _qat(
+    method: str, run: Run, ranges: RangeSource, fold_statistics: FoldStatistics | None = None
+) -> Outcome:
+    bundle, target = _paths(run, f"{ranges}-{fold_statistics}" if fold_statistics else ranges)
+    recipe = run.settings.recipe(_bits(run), ranges, fold_statistics=fold_statistics)
     rewriter.prepare(run.float_model, bundle, recipe=recipe, calibration=run.calibration)
     training = train(bundle, run.train_samples(), run.settings.qat_schedule(run.seed))
     rewriter.finalize(bundle, target)
@@ -286,6 +300,7 @@ STATIC: Final = "quantize_static"
 FIXED: Final = "fixed ranges, not trained"
 MOVING_AVERAGE: Final = "QAT, moving averages"
 LEARNED: Final = "QAT, learned ranges"
+LEARNED_FLOAT_LAYER: Final = "QAT, learned ranges, statistics of the float layer"
 TORCH: Final = "PyTorch QAT, learned ranges"
 
 # In the order of the table's rows; those in the second group have a model for each number of bits.
@@ -295,9 +310,11 @@ PER_BITS: Final[dict[str, Callable[[Run], Outcome]]] = {
     FIXED: fixed,
     MOVING_AVERAGE: moving_average,
     LEARNED: learned,
+    LEARNED_FLOAT_LAYER: learned_float_layer,
     TORCH: torch_learned,
 }
 METHODS: Final = {**ONE_MODEL, **PER_BITS}
+ON_REQUEST: Final = frozenset({LEARNED_FLOAT_LAYER})
 
 
 def make(method: str, run: Run) -> Outcome:

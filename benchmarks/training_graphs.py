@@ -26,7 +26,7 @@ from rewriter.insertion import insert
 from rewriter.load import load
 from rewriter.normalize import normalize
 from rewriter.placement import place
-from rewriter.recipe import GraphLoss, LossName, Recipe
+from rewriter.recipe import GraphLoss, LossName, Recipe, TrainingDevice
 from rewriter.training.artifacts import write_training_artifacts
 from rewriter.training.losses import attach_loss
 from rewriter.training.runtime import without_pytorch
@@ -176,8 +176,8 @@ def _generate_artifacts(
     onnx.save(optimizer, folder / OPTIMIZER_MODEL)
 
 
-def _float(job: Job, folder: Path) -> tuple[str, ...]:
-    recipe = Recipe(loss=job.network.loss, batch_norm="fold_inference")
+def _float(job: Job, folder: Path, device: TrainingDevice = "any") -> tuple[str, ...]:
+    recipe = Recipe(loss=job.network.loss, batch_norm="fold_inference", training_device=device)
     return write_training_artifacts(job.float_model(), recipe, folder).trainable
 
 
@@ -214,6 +214,7 @@ def _torch_learned(job: Job, folder: Path) -> None:
 VARIANTS: Final[Mapping[str, Callable[[Job, Path], object]]] = {
     "float, stock": _float_stock,
     "float": _float,
+    "float, for the CPU": lambda job, folder: _float(job, folder, "cpu"),
     "float, batch norm, stock": _batch_norm_stock,
     "float, batch norm": _batch_norm,
     "learned W8A8": _bundle(),

@@ -37,6 +37,12 @@ MODELS: Final[Mapping[str, PackageFile]] = {
         "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c",
         _APACHE,
     ),
+    "ppocr4-rec": PackageFile(
+        "rapidocr-onnxruntime==1.4.4",
+        "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
+        "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b",
+        _APACHE,
+    ),
     "light-resnet50": PackageFile(
         _ONNX,
         f"{_LIGHT}/light_resnet50.onnx",

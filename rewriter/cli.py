@@ -7,6 +7,7 @@ node); 2 wrong usage, a wrong recipe included; 128 + signal: `finetune` was stop
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import pathlib
 import sys
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_USAGE_ERRORS: Final = frozenset(
+USAGE_ERRORS: Final = frozenset(
     {ErrorCode.RECIPE_INVALID, ErrorCode.RECIPE_UNSUPPORTED, ErrorCode.ARGUMENT_INVALID}
 )
 
@@ -47,8 +48,8 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Turn a float model into a bundle that trains with stock onnxruntime-training."""
-    with _errors_to_exit_status():
-        chosen = _recipe(recipe, settings or [])
+    with errors_to_exit_status():
+        chosen = read_recipe(recipe, settings or [])
         with progress_bar() as progress:
             manifest = rewriter.prepare(
                 model, output, recipe=chosen, calibration=calibration, replace=force, progress=progress
@@ -111,7 +112,7 @@ def finetune(
     Ctrl-C and SIGTERM end it after the current step, with a checkpoint that --resume goes on from; the exit
     status is then 130 or 143.
     """
-    with _errors_to_exit_status(), interruptible() as stop:
+    with errors_to_exit_status(), interruptible() as stop:
         try:
             with training_log(log, append=resume) as (progress, write):
                 report = rewriter.finetune(
@@ -156,7 +157,7 @@ def finalize(
     ] = None,
 ) -> None:
     """Turn a bundle and a checkpoint into an int8 model for stock onnxruntime."""
-    with _errors_to_exit_status():
+    with errors_to_exit_status():
         with progress_bar() as progress:
             report = rewriter.finalize(
                 bundle, output, checkpoint=checkpoint, verify=verify, progress=progress
@@ -166,8 +167,8 @@ def finalize(
             print(f"warning: {warning}", file=sys.stderr)
 
 
-def _recipe(path: pathlib.Path | None, settings: list[str]) -> rewriter.Recipe:
-    """The recipe of a file with single fields set over it."""
+def read_recipe(path: pathlib.Path | None, settings: list[str]) -> rewriter.Recipe:
+    """The recipe of a JSON file, with single fields set over it (FIELD=VALUE)."""
     fields: dict[str, Any] = {}
     if path is not None:
         try:
@@ -205,12 +206,16 @@ def _json_or_text(value: str) -> Any:
 
 
 @contextlib.contextmanager
-def _errors_to_exit_status() -> Iterator[None]:
+def errors_to_exit_status() -> Iterator[None]:
+    """Print an error that the block raises, and exit with its status."""
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        # Samples of a wrong size can crash onnxruntime: say where, not just the shell's word for the signal.
+        faulthandler.enable(sys.__stderr__, all_threads=False)
     try:
         yield
     except QatError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if error.code in _USAGE_ERRORS else 1) from error
+        raise typer.Exit(2 if error.code in USAGE_ERRORS else 1) from error
     except OSError as error:  # of the system, not of what it was given: no temporary directory, a bad disk
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

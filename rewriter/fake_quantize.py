@@ -1,12 +1,15 @@
 """The nodes that stand for quantizers in the graph between insertion and lowering.
 
-    y = FakeQuantize(x, scale, zero_point, gate?) {qmin, qmax, axis?, on_grid, tracked?}
+    y, steps? = FakeQuantize(x, scale, zero_point, gate?) {qmin, qmax, axis?, on_grid, tracked?}
     y = FakeQuantizeBias(bias, x_scale, weight_scale, gate?)     = round(bias / (s_x * s_w)) * (s_x * s_w)
     y = StraightThroughRound(x)                                  = round_half_even(x)
+    s = LearnedScale(initial, p)                                 = initial * exp(p)
 
 The zero point is an initializer of the integer type, or computed in the graph: then it is float32, of
-integral values in [qmin, qmax]. Where a gate (bool, shape []) is given and false, y = x. StraightThroughRound
-has the gradient of the identity: it makes the zero points that training moves.
+integral values in [qmin, qmax]. Where a gate (bool, shape []) is given and false, y = x. steps is x / scale,
+for gradients of per-channel quantizers. StraightThroughRound has the gradient of the identity: it makes the
+zero points that training moves. LearnedScale makes the scales (`training.learned_ranges`): as one node it has
+a gradient of one product.
 
 One node per quantized tensor keeps the passes in between simple: the gradient of a quantizer is one rule,
 and each product lowers it in the form that serves it best (`rewriter.lowering`). The nodes never reach a
@@ -26,6 +29,7 @@ DOMAIN: Final = "qat"
 OP_TYPE: Final = "FakeQuantize"
 BIAS_OP_TYPE: Final = "FakeQuantizeBias"
 ROUND_OP_TYPE: Final = "StraightThroughRound"
+SCALE_OP_TYPE: Final = "LearnedScale"
 
 _GATE: Final = 3  # input of both quantizer nodes
 
@@ -62,6 +66,10 @@ class FakeQuantize:
     @property
     def output(self) -> ir.Value:
         return self.node.outputs[0]
+
+    @property
+    def steps(self) -> ir.Value | None:
+        return self.node.outputs[1] if len(self.node.outputs) > 1 else None
 
 
 def is_fake_quantize(node: ir.Node | None) -> bool:
@@ -153,6 +161,16 @@ def make_round(x: ir.Value, *, name: str) -> ir.Node:
     """A StraightThroughRound node on `x`, not yet in a graph."""
     output = ir.Value(name=f"{name}_output", shape=x.shape, type=x.type)
     return ir.node(ROUND_OP_TYPE, [x], domain=DOMAIN, outputs=[output], name=name)
+
+
+def is_learned_scale(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == SCALE_OP_TYPE
+
+
+def make_learned_scale(initial: ir.Value, parameter: ir.Value, *, name: str, node_name: str) -> ir.Node:
+    """A LearnedScale node whose output has this name and the shape of `parameter`, not yet in a graph."""
+    output = ir.Value(name=name, shape=parameter.shape, type=parameter.type)
+    return ir.node(SCALE_OP_TYPE, [initial, parameter], domain=DOMAIN, outputs=[output], name=node_name)
 
 
 def make_bias(bias: ir.Value, x_scale: ir.Value, weight_scale: ir.Value, *, name: str) -> ir.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ _NOTHING: Final = 4
 
 def session_options(*, optimize: bool = True) -> onnxruntime.SessionOptions:
     """Options of a session that prints nothing: its errors arrive as exceptions."""
-    options = onnxruntime.SessionOptions()
+    options = _options_for_this_process()
     options.log_severity_level = _NOTHING
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -30,8 +31,21 @@ def session_options(*, optimize: bool = True) -> onnxruntime.SessionOptions:
 
 def training_options() -> onnxruntime.SessionOptions:
     """Options of a training session, whose native code also reports errors in its log alone."""
-    options = onnxruntime.SessionOptions()
+    options = _options_for_this_process()
     options.log_severity_level = _ERRORS_ONLY
+    return options
+
+
+def _options_for_this_process() -> onnxruntime.SessionOptions:
+    """As many threads as the process may use cores (`taskset`, a container's cpuset).
+
+    Left alone, onnxruntime counts the machine's cores and binds a thread to each, out of the process's set.
+    """
+    options = onnxruntime.SessionOptions()
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        allowed = len(os.sched_getaffinity(0))
+        if allowed < (os.cpu_count() or 1):
+            options.intra_op_num_threads = allowed
     return options
 
 

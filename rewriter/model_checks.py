@@ -27,6 +27,7 @@ class LoadLimits:
     Attributes:
         file_bytes: size of the model file (protobuf cannot parse more than 2 GiB).
         weight_bytes: bytes of all tensors together, external data included.
+        messages: protobuf messages of all kinds; an empty one takes 2 bytes in the file and 100 in memory.
         nodes: nodes of the graph, its subgraphs and its functions, after the functions are inlined.
         tensors: initializers and tensor attributes.
         rank: dimensions of a tensor.
@@ -35,6 +36,7 @@ class LoadLimits:
 
     file_bytes: int = 2**31 - 1
     weight_bytes: int = 32 * 2**30
+    messages: int = 2_000_000
     nodes: int = 100_000
     tensors: int = 100_000
     rank: int = 32
@@ -51,12 +53,24 @@ def check_contents(proto: onnx.ModelProto, folder: pathlib.Path, limits: LoadLim
         QatError: model_too_large, model_invalid, model_domain_unknown, model_opset_unsupported,
             external_data_outside, external_data_missing.
     """
-    _check_text(proto)
+    _check_messages(proto, limits.messages)
     _Contents(proto, folder, limits).check()
 
 
-def _check_text(message: google.protobuf.message.Message) -> None:
-    """Raise if a string somewhere in the model is not text: protobuf hands it out as bytes then."""
+def _check_messages(message: google.protobuf.message.Message, allowed: int) -> int:
+    """Raise if there are too many messages, or a string in one of them is not text.
+
+    Protobuf hands out as bytes what is not text.
+
+    Returns:
+        How many messages are still allowed.
+    """
+    allowed -= 1
+    if allowed < 0:
+        raise QatError(
+            ErrorCode.MODEL_TOO_LARGE,
+            "The model has more parts (nodes, attributes, shapes and so on) than are allowed.",
+        )
     if isinstance(message, onnx.TensorProto):
         # Not over all fields: that would copy the weights.
         strings: list[Any] = [message.name, message.doc_string]
@@ -72,7 +86,8 @@ def _check_text(message: google.protobuf.message.Message) -> None:
     if not all(isinstance(string, str) for string in strings):
         raise QatError(ErrorCode.MODEL_INVALID, "A name or another string in the model is not UTF-8 text.")
     for inner in messages:
-        _check_text(inner)
+        allowed = _check_messages(inner, allowed)
+    return allowed
 
 
 class _Contents:

@@ -30,6 +30,13 @@ TrainingDevice = Literal["any", "cpu"]
 LARGEST_DELAY: Final = 2**24
 Delay = Annotated[int, Field(ge=0, le=LARGEST_DELAY)]
 
+# A recipe is kept, compared and handed on whole, by a service in many copies.
+LARGEST_RECIPE_BYTES: Final = 64 << 10
+_MOST_ENTRIES: Final = 1024
+# Names of a graph's nodes and values have no control characters, which databases and terminals act upon.
+_Name = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f]*$")]
+NamePrefix = _Name
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,7 +45,9 @@ class _Section(BaseModel):
 class Calibration(_Section):
     """How initial activation ranges come from samples."""
 
-    method: Literal["minmax", "percentile", "mse"] = "mse"
+    method: Literal["minmax", "percentile", "mse"] = Field(
+        default="mse", description="mse: the range with the smallest squared quantization error"
+    )
     percentile: float = Field(
         default=99.99, gt=50.0, le=100.0, description="share of the values kept, in percent (percentile only)"
     )
@@ -47,8 +56,12 @@ class Calibration(_Section):
 class Override(_Section):
     """Settings for some nodes only; of several overrides that match a node the last one wins."""
 
-    match: str = Field(min_length=1, description="operator type, or node-name prefix ('/' boundaries)")
-    quantize: bool = True
+    match: NamePrefix = Field(min_length=1, description="operator type, or node-name prefix ('/' boundaries)")
+    quantize: bool | None = Field(
+        default=None,
+        description="false: leave the nodes in float; true: quantize an Add or Mul also where that gains "
+        "nothing; null: as the target has it",
+    )
     weight_bits: WeightBits | None = None
     activation_bits: ActivationBits | None = None
     symmetric: bool | None = None
@@ -62,7 +75,7 @@ class Override(_Section):
 class GraphLoss(_Section):
     """A loss that the model computes itself, or the output that a built-in loss is attached to."""
 
-    output: str = Field(min_length=1, description="name of a model output")
+    output: _Name = Field(min_length=1, description="name of a model output")
     kind: LossName | None = Field(
         default=None, description="built-in loss attached to that output; null: the output is the loss itself"
     )
@@ -71,8 +84,8 @@ class GraphLoss(_Section):
 class Recipe(_Section):
     """What to quantize and how, and how to train it. Unknown fields and wrong types are errors."""
 
-    weight_bits: WeightBits = 8
-    activation_bits: ActivationBits = 8
+    weight_bits: WeightBits = Field(default=8, description="bits of a quantized weight")
+    activation_bits: ActivationBits = Field(default=8, description="bits of a quantized activation")
     symmetric: bool = Field(default=False, description="symmetric activation ranges; weights always are")
     quant_delay: Delay = Field(
         default=0, description="the first training step that is quantized; 0 and 1: all are"
@@ -81,7 +94,7 @@ class Recipe(_Section):
         default=None,
         description="the first training step whose batch norms use their running statistics; null: never",
     )
-    scope: str | None = Field(default=None, description="node-name prefix, matched at '/' boundaries")
+    scope: NamePrefix | None = Field(default=None, description="node-name prefix, matched at '/' boundaries")
 
     per_channel: bool = Field(default=True, description="one scale per output channel of a weight")
     ranges: RangeSource = Field(
@@ -89,7 +102,11 @@ class Recipe(_Section):
         description="learned: scales (and zero points) are trained; moving_average: tf.contrib's trackers; "
         "fixed: as calibrated",
     )
-    target: Literal["onnxruntime", "tensorrt", "tf_contrib"] = "onnxruntime"
+    target: Literal["onnxruntime", "tensorrt", "tf_contrib"] = Field(
+        default="onnxruntime",
+        description="where quantizers are placed: onnxruntime: for its fused integer kernels; tf_contrib: "
+        "where tf.contrib.quantize put them; tensorrt: not carried out yet",
+    )
     batch_norm: BatchNormMode = Field(
         default="fold_training",
         description="fold_training: into the layer before it, with the statistics of the batch until frozen; "
@@ -105,15 +122,26 @@ class Recipe(_Section):
         description="what the delays count: executions of the training graph, or optimizer steps, which "
         "differ when gradients are accumulated",
     )
-    overrides: tuple[Override, ...] = ()
-    calibration: Calibration = Calibration()
-    loss: LossName | GraphLoss = "cross_entropy"
-    optimizer: OptimizerName = "adamw"
-    frozen: tuple[str, ...] = Field(default=(), description="name prefixes of parameters not to train")
+    overrides: tuple[Override, ...] = Field(
+        default=(),
+        max_length=_MOST_ENTRIES,
+        description="other settings for some nodes; the last one that matches a node wins",
+    )
+    calibration: Calibration = Field(
+        default=Calibration(), description="how initial activation ranges come from samples"
+    )
+    loss: LossName | GraphLoss = Field(
+        default="cross_entropy",
+        description="loss that training minimizes: a built-in one, or an output of the model",
+    )
+    optimizer: OptimizerName = Field(default="adamw", description="optimizer that the bundle trains with")
+    frozen: tuple[NamePrefix, ...] = Field(
+        default=(), max_length=_MOST_ENTRIES, description="name prefixes of parameters not to train"
+    )
     training_device: TrainingDevice = Field(
         default="any",
         description="what the gradients are made for: any: CUDA and CPU; cpu: also in forms that take less "
-        "time and memory on the CPU and leave a GPU idle",
+        "time on the CPU and leave a GPU idle",
     )
 
     @model_validator(mode="after")
@@ -128,6 +156,16 @@ class Recipe(_Section):
                     f"freeze_bn_delay ({freeze}) must not be smaller than quant_delay ({delay}), which "
                     f"overrides.{index} makes them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _of_bounded_size(self) -> Self:
+        if len(self.model_dump_json().encode()) > LARGEST_RECIPE_BYTES:
+            largest = max(type(self).model_fields, key=lambda name: len(self.model_dump_json(include={name})))
+            raise ValueError(
+                f"{largest} makes it larger than {LARGEST_RECIPE_BYTES} bytes; a prefix or an operator type "
+                "stands for many names"
+            )
         return self
 
     @classmethod
@@ -146,7 +184,7 @@ class Recipe(_Section):
             first, location = _first_error(error)
             field = ".".join(location) or _field_in(first["msg"])
             raise QatError(
-                ErrorCode.RECIPE_INVALID, f"The recipe is not valid: {first['msg']}.", field=field
+                ErrorCode.RECIPE_INVALID, f"The recipe is not valid: {_reason(first)}.", field=field
             ) from error
         recipe.require_supported()
         return recipe
@@ -182,6 +220,12 @@ def _first_error(error: pydantic.ValidationError) -> tuple[ErrorDetails, tuple[s
     located = [(e, _location(e["loc"])) for e in error.errors(include_url=False)]
     top = located[0][1][:1]
     return max((pair for pair in located if pair[1][:1] == top), key=lambda pair: len(pair[1]))
+
+
+def _reason(error: ErrorDetails) -> str:
+    if error["type"] == "string_pattern_mismatch":
+        return "A name has no control characters"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _location(loc: tuple[int | str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class IntegerOperators:
             quantized operators read.
         writes_float: operators with integer kernels that can write float: their result is quantized only
             where a quantized operator reads it.
+        between_integers: element-wise operators that are quantized only between integers
+            (`placement.elementwise`).
     """
 
     quantized: frozenset[str]
@@ -32,6 +34,7 @@ class IntegerOperators:
     shares_range: frozenset[str]
     quantizes_outputs: bool
     writes_float: frozenset[str]
+    between_integers: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ _ONNXRUNTIME_OPERATORS: Final = IntegerOperators(
     shares_range=frozenset(op for op, traits in OPERATORS.items() if traits.kind == "movement"),
     quantizes_outputs=True,
     writes_float=frozenset(("Gemm", "MatMul")),
+    between_integers=frozenset(("Add", "Mul")),
 )
 
 _ONNXRUNTIME: Final = TargetPolicy(

@@ -1,15 +1,36 @@
-"""The database: SQLite in the data directory, one transaction for each `with` block."""
+"""The database: SQLite or PostgreSQL by its URL, one transaction for each `with` block."""
 
 from __future__ import annotations
 
 import datetime
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Final, TypeVar
 
-from sqlalchemy import Connection, DateTime, Dialect, Engine, TypeDecorator, create_engine, event, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    DateTime,
+    Dialect,
+    Engine,
+    TypeDecorator,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Session
+
+from service import migrations
+
+# How often a change is tried that collides with one of another process.
+_WRITE_ATTEMPTS: Final = 5
+# Taken by the replica that migrates a PostgreSQL database; any number that nobody else uses.
+_MIGRATION_LOCK: Final = 0x6F6E_6E78_7161
+
+T = TypeVar("T")
 
 
 class Base(DeclarativeBase):
@@ -38,15 +59,27 @@ def now() -> datetime.datetime:
 
 
 class Database:
-    """Hands out sessions. Safe to use from several threads."""
+    """Hands out sessions. Safe to use from several threads, and on PostgreSQL from several processes."""
 
-    def __init__(self, file: Path) -> None:
-        self._reader = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30})
+    def __init__(self, url: str | URL) -> None:
+        url = make_url(url)
+        self.is_sqlite: Final = url.get_backend_name() == "sqlite"
+        """SQLite serves one process: the one that holds the data directory."""
+        self._reader = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
         self._writer = self._reader.execution_options(begin="BEGIN IMMEDIATE")
-        _configure_sqlite(self._reader)
 
-    def create_tables(self) -> None:
-        Base.metadata.create_all(self._writer)
+    def migrate(self) -> None:
+        """Bring the schema up to date; several processes may call this at the same time.
+
+        On SQLite the caller holds the data directory, on PostgreSQL an advisory lock keeps order.
+        """
+        if self.is_sqlite:
+            with _without_foreign_keys(self._writer) as connection, connection.begin():
+                migrations.upgrade(connection)
+        else:
+            with self._writer.begin() as connection:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+                migrations.upgrade(connection)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -60,6 +93,21 @@ class Database:
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def write(self, change: Callable[[Session], T]) -> T:
+        """Call `change` in a transaction, again when another process has just inserted the same thing.
+
+        SQLite lets one writer in at a time; PostgreSQL lets two look and find nothing, and then refuses
+        the second insertion. The next call finds what the other one inserted.
+        """
+        for _ in range(_WRITE_ATTEMPTS - 1):
+            try:
+                with self.writing() as session:
+                    return change(session)
+            except IntegrityError:
+                continue
+        with self.writing() as session:
+            return change(session)
+
     def check(self) -> None:
         """Raise when the database does not answer."""
         with self.reading() as session:
@@ -69,7 +117,23 @@ class Database:
         self._reader.dispose()
 
 
-def _configure_sqlite(engine: Engine) -> None:
+def _postgresql_engine(url: URL) -> Engine:
+    # The driver is psycopg 3, whether or not the URL names it.
+    # A connection that the server closed meanwhile is noticed and replaced before it is used.
+    # Values are kept out of errors, and so of logs: some are secret.
+    return create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=5,
+        max_overflow=15,
+        connect_args={"connect_timeout": 10},
+    )
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30})
+
     @event.listens_for(engine, "connect")
     def set_pragmas(connection: sqlite3.Connection, record: object) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver
@@ -82,3 +146,21 @@ def _configure_sqlite(engine: Engine) -> None:
     def begin(connection: Connection) -> None:
         # A write that starts as a read cannot wait for another writer: SQLite answers "busy" at once.
         connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    return engine
+
+
+@contextmanager
+def _without_foreign_keys(engine: Engine) -> Iterator[Connection]:
+    """A connection on which tables can be made anew without touching the rows that refer to them.
+
+    SQLite changes this outside of transactions only.
+    """
+    with engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        driver.execute("PRAGMA foreign_keys = OFF")
+        try:
+            yield connection
+        finally:
+            driver.execute("PRAGMA foreign_keys = ON")

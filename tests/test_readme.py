@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ README = (REPOSITORY / "README.md").read_text()
 
 def test_ci_runs_the_test_command() -> None:
     command = (REPOSITORY / ".ci" / "run").read_text().splitlines()[-1]
-    assert command.endswith(" -m pytest")
+    assert command.endswith(" -m pytest -n 2")
     assert command in README.splitlines()
 
 
@@ -30,3 +31,10 @@ def test_recipe_table_gives_no_other_field() -> None:
     table = README[README.index("## Recipe") : README.index("## HTTP API")]
     fields = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     assert fields == list(Recipe.model_fields)
+
+
+def test_curl_follows_a_download_to_the_store_and_saves_no_error() -> None:
+    saving = [line for line in README.splitlines() if re.search(r"\bcurl .* -[oO]\b", line)]
+    assert len(saving) == 2
+    for line in saving:
+        assert "curl -fsSL " in line

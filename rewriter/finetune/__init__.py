@@ -118,7 +118,7 @@ def finetune(
         checkpoint_out: file to write when training is over, no file that `prepare` wrote; None:
             `trained_checkpoint` in the bundle, which `finalize` then uses.
         resume: whether to go on with the run that wrote `training_state`, which must have had the same data
-            and arguments; the outcome is that of the run without an interruption, to the bit.
+            and arguments; the outcome is that of the run without an interruption, on the CPU to the bit.
         save_every: steps after which `training_state` is written; None: only when `stop` says so.
         training_state: resumable checkpoint, another file than `checkpoint_out`; it is removed when training
             is over. None: `training_state` in the bundle.

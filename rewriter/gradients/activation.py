@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context, dims_of
+from rewriter.gradients.context import Context, Mask, dims_of
 from rewriter.gradients.registry import Gradients, rule
 
 _SELU_ALPHA = 1.67326319217681884765625
@@ -13,11 +13,9 @@ _SELU_GAMMA = 1.05070102214813232421875
 
 @rule("Relu")
 def relu(ctx: Context, dy: ir.Value) -> Gradients:
-    """dy where y > 0. y >= 0, so that its truth value is the mask, in one pass."""
+    """dy where y > 0."""
     y = ctx.output()
-    if ctx.is_zero_with(dy, y):
-        return [dy]
-    return [ctx.masked(dy, ctx.op("Cast", y, to=ir.DataType.BOOL.value))]
+    return [dy if ctx.is_zero_with(dy, y) else ctx.masked(dy, ctx.where_positive(y))]
 
 
 @rule("LeakyRelu")
@@ -27,28 +25,28 @@ def leaky_relu(ctx: Context, dy: ir.Value) -> Gradients:
     com.microsoft.LeakyReluGrad takes half as long again on the CPU.
     """
     x, alpha = ctx.input(0), ctx.node.attributes.get_float("alpha", 0.01)
-    positive = ctx.masked(dy, ctx.op("Greater", x, ctx.scalar(0, x)))
+    positive = ctx.masked(dy, ctx.where_positive(x))
     return [ctx.add(ctx.times(positive, 1 - alpha), ctx.times(dy, alpha))]
 
 
 @rule("Clip")
 def clip(ctx: Context, dy: ir.Value) -> Gradients:
     """dy where the bounds changed nothing."""
-    return [ctx.masked(dy, ctx.op("Equal", ctx.input(0), ctx.output()))]
+    return [ctx.masked(dy, ctx.where_equal(ctx.input(0), ctx.output()))]
 
 
 @rule("ThresholdedRelu")
 def thresholded_relu(ctx: Context, dy: ir.Value) -> Gradients:
     x = ctx.input(0)
     alpha = ctx.scalar(ctx.node.attributes.get_float("alpha", 1.0), x)
-    return [ctx.masked(dy, ctx.op("Greater", x, alpha))]
+    return [ctx.masked(dy, Mask(ctx.op("Greater", x, alpha)))]
 
 
 @rule("HardSigmoid")
 def hard_sigmoid(ctx: Context, dy: ir.Value) -> Gradients:
     """y = clip(alpha * x + beta, 0, 1): alpha * dy where 0 < y < 1."""
     y = ctx.output()
-    inside = ctx.op("And", ctx.op("Greater", y, ctx.scalar(0, y)), ctx.op("Less", y, ctx.scalar(1, y)))
+    inside = Mask(ctx.op("And", ctx.op("Greater", y, ctx.scalar(0, y)), ctx.op("Less", y, ctx.scalar(1, y))))
     return [ctx.times(ctx.masked(dy, inside), ctx.node.attributes.get_float("alpha", 0.2))]
 
 
@@ -57,7 +55,7 @@ def hard_swish(ctx: Context, dy: ir.Value) -> Gradients:
     """y = x * clip(x/6 + 1/2, 0, 1): the slope is the clip, plus x/6 where |x| < 3."""
     x = ctx.input(0)
     gate = ctx.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
-    inside = ctx.op("Less", ctx.op("Abs", x), ctx.scalar(3, x))
+    inside = Mask(ctx.op("Less", ctx.op("Abs", x), ctx.scalar(3, x)))
     return [ctx.mul(dy, ctx.add(gate, ctx.masked(ctx.times(x, 1 / 6), inside)))]
 
 

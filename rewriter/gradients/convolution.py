@@ -22,7 +22,14 @@ Milliseconds on two threads; batch x filters x channels, output image, kernel:
 With a stride ConvTranspose is what ConvGrad is, and zeros inserted into dY cost five times as much. A dense
 3x3 dW of stride 1 is a Conv with dY as its kernel: 10 to 30 percent faster on one thread, and the second one
 helps (64x64x64 7x7: 3.6 to 1.4 ms). On CUDA it is one product of few rows that few multiprocessors share: it
-is emitted for the recipe's training_device "cpu" alone.
+is emitted for the recipe's training_device "cpu" alone. So is, for small images, a Conv of one image that
+is all samples stacked on top of each other, as MLAS is good at long rows:
+
+    dX  64x64x64    7x7 3x3             ConvGrad  4.8   Conv, stacked  4.1
+        32x128x128  7x7 3x3                       6.7                  5.2
+        32x512x512  7x7 3x3                        80                   57
+        16x256x256 14x14 3x3                       35                   30
+        64x32x32    7x7 3x3                       1.4                  2.1
 
 The limits of ConvGrad, and what is done about them: on the CPU, groups in one and three dimensions overrun
 the gradient buffer (1-D is computed as 2-D, 3-D group by group); on CUDA the padding must be symmetric (the
@@ -51,6 +58,7 @@ _LARGE_IMAGE_FOR_PRODUCT: Final = 6
 
 _IMAGE_RANK: Final = 2
 _CHANNELS_IN_A_RUN: Final = 16
+_CHANNELS_WORTH_STACKING: Final = 64
 
 _Wanted = tuple[bool, bool]  # dX, dW
 
@@ -79,8 +87,11 @@ def conv(ctx: Context, dy: ir.Value) -> Gradients:
     geometry = _Geometry.of(ctx.node, w, dy)
     dx = dw = None
     want_dx, want_dw = ctx.needs(0), ctx.needs(1)
-    if want_dx and geometry is not None and geometry.has_convolution_as_input_gradient:
-        dx, want_dx = _input_gradient(ctx, dy, w, geometry), False
+    if want_dx and geometry is not None:
+        if geometry.has_convolution_as_input_gradient:
+            dx, want_dx = _input_gradient(ctx, dy, w, geometry), False
+        elif ctx.for_cpu_only and geometry.has_stacked_convolution_as_input_gradient:
+            dx, want_dx = _input_gradient_of_stacked_samples(ctx, dy, w, geometry), False
     if want_dw and geometry is not None and geometry.has_product_as_weight_gradient:
         dw, want_dw = _weight_gradient_of_1x1(ctx, dy, x, w), False
     image, out_image = (_numbers((dims_of(value) or ())[2:]) for value in (x, dy))
@@ -123,7 +134,7 @@ class _Geometry:
 
     filters: int  # of a group, as the channels are
     channels: int
-    image: int  # elements of one channel of the output
+    out_image: Sequence[int]
     kernel: Sequence[int]
     strides: Sequence[int]
     dilations: Sequence[int]
@@ -140,13 +151,18 @@ class _Geometry:
         return cls(
             filters=weight_dims[0] // group,
             channels=weight_dims[1],
-            image=math.prod(dims),
+            out_image=dims,
             kernel=weight_dims[2:],
             strides=attributes.get_ints("strides", [1] * rank),
             dilations=attributes.get_ints("dilations", [1] * rank),
             pads=attributes.get_ints("pads", [0] * (2 * rank)),
             group=group,
         )
+
+    @property
+    def image(self) -> int:
+        """Elements of one channel of the output."""
+        return math.prod(self.out_image)
 
     @property
     def pads_of_input_gradient(self) -> list[int]:
@@ -161,6 +177,20 @@ class _Geometry:
             and min(self.pads_of_input_gradient) >= 0
             and self.image >= _LARGE_IMAGE * self.channels
             and (self._is_pointwise or self.filters <= self.channels)
+        )
+
+    @property
+    def has_stacked_convolution_as_input_gradient(self) -> bool:
+        """For small images that have as many rows as their input."""
+        top, left, bottom, right = (
+            self.pads_of_input_gradient if len(self.kernel) == _IMAGE_RANK else (-1,) * 4
+        )
+        return (
+            all(stride == 1 for stride in self.strides)
+            and min(top, left, bottom, right) >= 0
+            and top + bottom == self.dilations[0] * (self.kernel[0] - 1) > 0
+            and self.group == 1
+            and self.channels >= max(self.filters, _CHANNELS_WORTH_STACKING)
         )
 
     @property
@@ -197,6 +227,38 @@ def _numbers(dims: Sequence[int | ir.SymbolicDim] | None) -> list[int] | None:
 
 def _input_gradient(ctx: Context, dy: ir.Value, w: ir.Value, geometry: _Geometry) -> ir.Value:
     """Conv of dY with each filter turned around, channels and filters exchanged within their group."""
+    return ctx.op(
+        "Conv",
+        dy,
+        _turned_around(ctx, w, geometry),
+        kernel_shape=list(geometry.kernel),
+        dilations=list(geometry.dilations),
+        pads=geometry.pads_of_input_gradient,
+        group=geometry.group,
+    )
+
+
+def _input_gradient_of_stacked_samples(
+    ctx: Context, dy: ir.Value, w: ir.Value, geometry: _Geometry
+) -> ir.Value:
+    """The same of one image, of all samples with rows of zeros between them, which are cut out afterwards."""
+    top, _, bottom, _ = geometry.pads_of_input_gradient
+    (rows, columns), gap = geometry.out_image, max(top, bottom)
+    by_filter = ctx.op("Transpose", dy, perm=[1, 0, 2, 3])
+    apart = ctx.op("Pad", by_filter, ctx.ints(0, 0, 0, 0, 0, 0, gap, 0))
+    stacked = ctx.op("Reshape", apart, ctx.ints(1, geometry.filters, -1, columns))
+    dx = _input_gradient(ctx, stacked, w, geometry)
+    width = (
+        columns
+        + sum(geometry.pads_of_input_gradient[1::2])
+        - geometry.dilations[1] * (geometry.kernel[1] - 1)
+    )
+    by_sample = ctx.op("Reshape", dx, ctx.ints(geometry.channels, -1, rows + gap, width))
+    cut = ctx.op("Slice", by_sample, ctx.ints(0), ctx.ints(rows), ctx.ints(2))
+    return ctx.op("Transpose", cut, perm=[1, 0, 2, 3])
+
+
+def _turned_around(ctx: Context, w: ir.Value, geometry: _Geometry) -> ir.Value:
     rank, group = len(geometry.kernel), geometry.group
     spatial = range(2, rank + 2)
     if group == 1:
@@ -208,18 +270,10 @@ def _input_gradient(ctx: Context, dy: ir.Value, w: ir.Value, geometry: _Geometry
         shape = ctx.ints(group * geometry.channels, geometry.filters, *geometry.kernel)
         exchanged = ctx.op("Reshape", transposed, shape)
     long = [axis for axis, size in zip(spatial, geometry.kernel, strict=True) if size > 1]
-    if long:
-        last, end, step = (ctx.ints(*[n] * len(long)) for n in (-1, _TO_THE_START, -1))
-        exchanged = ctx.op("Slice", exchanged, last, end, ctx.ints(*long), step)
-    return ctx.op(
-        "Conv",
-        dy,
-        exchanged,
-        kernel_shape=list(geometry.kernel),
-        dilations=list(geometry.dilations),
-        pads=geometry.pads_of_input_gradient,
-        group=group,
-    )
+    if not long:
+        return exchanged
+    last, end, step = (ctx.ints(*[n] * len(long)) for n in (-1, _TO_THE_START, -1))
+    return ctx.op("Slice", exchanged, last, end, ctx.ints(*long), step)
 
 
 def _weight_gradient_by_convolution(

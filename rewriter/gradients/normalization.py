@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rewriter.gradients.context import Context
+from rewriter.gradients.context import Context, Dimensions, dims_of, rank_of
 from rewriter.gradients.registry import Gradients, rule
 from rewriter.initializers import constant_array
 
 
 @rule("LayerNormalization", inputs=None)
 def layer_normalization(ctx: Context, dy: ir.Value) -> Gradients:
-    mean, inverse_deviation = ctx.output(1), ctx.output(2)
+    axis = ctx.node.attributes.get_int("axis", -1)
+    dims = dims_of(ctx.input(0))
+    # onnxruntime takes scales of shape [1, C] too.
+    vectors = all(rank_of(value) == 1 for value in ctx.node.inputs[1:] if value is not None)
+    if (
+        ctx.for_cpu_only
+        and vectors
+        and dims is not None
+        and axis in (-1, len(dims) - 1)
+        and isinstance(dims[-1], int)
+    ):
+        return _over_last_axis(ctx, dy, dims, dims[-1])
     dx, dscale, dbias = ctx.ops(
         "LayerNormalizationGrad",
         dy,
         ctx.input(0),
         ctx.input(1),
-        mean,
-        inverse_deviation,
+        ctx.output(1),
+        ctx.output(2),
         domain="com.microsoft",
         outputs=(True, True, True),
-        axis=ctx.node.attributes.get_int("axis", -1),
+        axis=axis,
     )
+    return dx, dscale, dbias
+
+
+def _over_last_axis(ctx: Context, dy: ir.Value, dims: Dimensions, size: int) -> Gradients:
+    """y = scale * h + bias, h = (x - mean) / deviation, with means over the `size` elements of the last axis:
+
+        dx = (dy scale - mean(dy scale) - h mean(dy scale h)) / deviation
+
+    Means of what is multiplied by the scale are products with the vector scale / size. The CPU kernel
+    is not vectorized and uses one thread: on [1024, 384] with two 3.3 ms, this 0.34. On a GPU its kernel is
+    one pass, and these are a dozen.
+    """
+    x, scale = ctx.input(0), ctx.input(1)
+    mean, inverse_deviation = ctx.output(1), ctx.output(2)
+    h = ctx.mul(ctx.sub(x, mean), inverse_deviation)
+    dy_h = ctx.mul(dy, h)
+    dx = dscale = dbias = None
+    if ctx.needs(0):
+        weights = ctx.op("Unsqueeze", ctx.times(scale, 1 / size), ctx.ints(-1))
+        means = ctx.op("MatMul", dy, weights)
+        projection = ctx.mul(h, ctx.op("MatMul", dy_h, weights))
+        centered = ctx.sub(ctx.sub(ctx.mul(dy, scale), projection), means)
+        dx = ctx.mul(centered, inverse_deviation)
+    if ctx.needs(1):
+        dscale = ctx.sum_to(dy_h, scale, dims)
+    bias = ctx.optional(2)
+    if bias is not None and ctx.needs(2):
+        dbias = ctx.sum_to(dy, bias, dims)
     return dx, dscale, dbias
 
 

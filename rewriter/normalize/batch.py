@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from rewriter.inference import session_options
 from rewriter.initializers import add_initializer, constant_array
 from rewriter.names import FreeNames
 from rewriter.normalize.shapes import BATCH, InferShapesPass, forget_shapes
@@ -267,9 +268,7 @@ class _Runner:
 
     def run(self, path: pathlib.Path, feeds: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
         start = time.monotonic()
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
+        options = session_options(optimize=False)
         run_options = ort.RunOptions()
         timer = threading.Timer(max(self._seconds - self.elapsed, 0.0), _terminate, [run_options])
         timer.start()

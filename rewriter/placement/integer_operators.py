@@ -13,7 +13,9 @@ Rules, for the operators of the target (`rewriter.targets`):
    (of several, the one with the most bits, the first of these); when float operators make them all, those of
    the operator that reads one, chosen alike. An override thus always governs the results of its nodes.
 6. Biases are not quantized here: their scale follows from input and weight (`rewriter.finalize`).
-7. Tensors that the model came with a quantizer for keep it (`existing`).
+7. An Add or Mul that nothing reads in integers stays float, unless all its operands are integers already or
+   an override demands it (`placement.elementwise`).
+8. Tensors that the model came with a quantizer for keep it (`existing`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from rewriter.placement.drafts import (
     weight_axis,
     weight_position,
 )
-from rewriter.placement.ranges import QuantizedRanges, existing_scales, share_ranges
+from rewriter.placement.elementwise import keep_between_integers
+from rewriter.placement.ranges import QuantizedRanges, existing_scales, read_moves, share_ranges
 from rewriter.placement.settings import NodeSettings
 from rewriter.placement.signals import find_signals
 from rewriter.quantization import IntegerRange, QuantizedTensor, Quantizer, Skipped
@@ -49,7 +52,9 @@ def decide(graph: ir.Graph, recipe: Recipe, policy: TargetPolicy, operators: Int
     """Every Conv, ConvTranspose, Gemm and MatMul is in `quantized_nodes` or `skipped`; one in both is
     quantized in a coarser way than the recipe asks."""
     candidates, skipped = find_candidates(graph, recipe, operators, find_signals(graph))
-    ranges = share_ranges(graph, candidates, recipe, operators)
+    moves = read_moves(graph, recipe, operators)
+    candidates, floating = keep_between_integers(candidates, moves, existing_scales(graph), operators)
+    ranges = share_ranges(graph, candidates, moves, operators)
     order = order_of(graph)
     notes = [
         Skipped(one.node.name or "", one.node.op_type, note)
@@ -61,7 +66,7 @@ def decide(graph: ir.Graph, recipe: Recipe, policy: TargetPolicy, operators: Int
             *_weight_drafts(candidates, policy, order),
             *_activation_drafts(graph, candidates, ranges, order),
         ],
-        skipped=[*skipped, *notes],
+        skipped=[*skipped, *floating, *notes],
         quantized_nodes=[candidate.node for candidate in candidates],
     )
 

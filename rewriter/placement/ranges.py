@@ -38,9 +38,12 @@ class QuantizedRanges:
 
 
 def share_ranges(
-    graph: ir.Graph, candidates: Sequence[Candidate], recipe: Recipe, operators: IntegerOperators
+    graph: ir.Graph,
+    candidates: Sequence[Candidate],
+    moves: Mapping[ir.Node, Move],
+    operators: IntegerOperators,
 ) -> QuantizedRanges:
-    """Collect what the candidates ask for and extend it over the operators that move data."""
+    """Collect what the candidates ask for and extend it over the moves (`read_moves`)."""
     ranges = QuantizedRanges(produced=set(), consumed={}, on_grid=set(), groups=[])
     for candidate in candidates:
         for value in candidate.inputs:
@@ -48,10 +51,9 @@ def share_ranges(
         if operators.quantizes_outputs and candidate.node.op_type not in operators.writes_float:
             ranges.produced.add(candidate.output)
 
-    moves = {node: move for node in graph if (move := _read_move(node, recipe, operators)) is not None}
     sharing = _DisjointSets(existing_scales(graph))
     done: set[ir.Node] = set()
-    _share_over_moves(list(reversed(moves)), moves, ranges, sharing, done)
+    _share_over_moves(list(reversed(list(moves))), moves, ranges, sharing, done)
     if operators.quantizes_outputs:
         # A result that could stay float and has a quantized reader is quantized for the others too: the
         # kernel writes either integers or float.
@@ -66,7 +68,7 @@ def share_ranges(
 
 def _share_over_moves(
     pending: list[ir.Node],
-    moves: Mapping[ir.Node, _Move],
+    moves: Mapping[ir.Node, Move],
     ranges: QuantizedRanges,
     sharing: _DisjointSets,
     done: set[ir.Node],
@@ -87,12 +89,19 @@ def _share_over_moves(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Move:
+class Move:
+    """The float tensors on both sides of an operator that only moves data."""
+
     inputs: tuple[ir.Value, ...]  # as they stand in the graph
     outputs: tuple[ir.Value, ...]
 
 
-def _read_move(node: ir.Node, recipe: Recipe, operators: IntegerOperators) -> _Move | None:
+def read_moves(graph: ir.Graph, recipe: Recipe, operators: IntegerOperators) -> dict[ir.Node, Move]:
+    """The nodes that pass quantized data on, in graph order."""
+    return {node: move for node in graph if (move := _read_move(node, recipe, operators)) is not None}
+
+
+def _read_move(node: ir.Node, recipe: Recipe, operators: IntegerOperators) -> Move | None:
     """The float tensors that a node moves, None where it cannot take part in quantization."""
     traits = traits_of(node)
     if traits is None or traits.kind != "movement" or node.op_type not in operators.shares_range:
@@ -107,7 +116,7 @@ def _read_move(node: ir.Node, recipe: Recipe, operators: IntegerOperators) -> _M
     # A constant has no activation range; and what the model quantizes already is left as found.
     if any(is_constant(unquantized(value)) for value in inputs) or any(map(_is_quantized, outputs)):
         return None
-    return _Move(inputs, outputs)
+    return Move(inputs, outputs)
 
 
 def existing_scales(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
@@ -124,7 +133,7 @@ def _is_quantized(value: ir.Value) -> bool:
     return any(is_fake_quantize(use.node) for use in value.uses())
 
 
-def _is_active(move: _Move, ranges: QuantizedRanges, sharing: _DisjointSets) -> bool:
+def _is_active(move: Move, ranges: QuantizedRanges, sharing: _DisjointSets) -> bool:
     """Every input is quantized already, or a quantized operator reads a result."""
     # A scale that came with the model covers its own tensors; others do not join it through a Concat.
     if len({sharing.existing_scale(unquantized(value)) for value in move.inputs}) > 1:
@@ -134,7 +143,7 @@ def _is_active(move: _Move, ranges: QuantizedRanges, sharing: _DisjointSets) -> 
     return any(value in ranges.consumed for value in move.outputs)
 
 
-def _neighbours(move: _Move, moves: Mapping[ir.Node, _Move]) -> Iterable[ir.Node]:
+def _neighbours(move: Move, moves: Mapping[ir.Node, Move]) -> Iterable[ir.Node]:
     for value in move.inputs:
         producer = value.producer()
         if producer is not None and producer in moves:

@@ -21,9 +21,10 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class NodeSettings:
-    """The recipe as it applies to one node. `quantize` is False by an override only."""
+    """The recipe as it applies to one node. `quantize` is False, and `demanded` True, by an override only."""
 
     quantize: bool
+    demanded: bool
     weight_bits: int
     activation_bits: int
     symmetric: bool
@@ -44,7 +45,8 @@ def settings_for_unit(nodes: Sequence[ir.Node], recipe: Recipe) -> NodeSettings:
     matching = (o for o in reversed(recipe.overrides) if any(_overrides(o, node) for node in nodes))
     override = next(matching, None) or Override(match=nodes[0].op_type)
     return NodeSettings(
-        quantize=override.quantize,
+        quantize=override.quantize is not False,
+        demanded=override.quantize is True,
         weight_bits=_or_default(override.weight_bits, recipe.weight_bits),
         activation_bits=_or_default(override.activation_bits, recipe.activation_bits),
         symmetric=_or_default(override.symmetric, recipe.symmetric),

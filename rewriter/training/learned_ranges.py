@@ -82,9 +82,11 @@ def _learn_scale(
     replace_initializer(graph, scale)
     initial = add_initializer(graph, names.take(f"{name}.initial"), values)
     parameter = add_initializer(graph, names.take(f"{name}.log_multiplier"), np.zeros_like(values))
-    shape = values.shape
-    multiplier = emit.at(name).op("Exp", parameter, shape=shape)
-    trained = emit.op("Mul", initial, multiplier, shape=shape, name=name)
+    node = fake_quantize.make_learned_scale(
+        initial, parameter, name=name, node_name=names.take(f"{name}/LearnedScale")
+    )
+    emit.at(name).insert(node)
+    trained = node.outputs[0]
     scale.replace_all_uses_with(trained)
     return trained, initial, parameter
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from typing import Literal
 
-import structlog
 from fastapi import APIRouter
-from pydantic import BaseModel
-from sqlalchemy.exc import SQLAlchemyError
+from pydantic import BaseModel, Field
 
 from service.dependencies import InServices
 from service.errors import ServiceError, ServiceErrorCode
 from service.problems import problem_responses
+from service.worker.isolation import Isolation
 
-log = structlog.get_logger()
 router = APIRouter(prefix="/health", tags=["health"])
 
 
@@ -22,22 +20,49 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-@router.get("/live", responses=problem_responses())
-def live() -> Health:
-    """The process answers."""
+class Ready(Health):
+    isolation: Isolation | None = Field(
+        description="which protections from jobs are active on this machine; null: none run on it"
+    )
+    workers: int | None = Field(
+        description="processes that run jobs or wait for one, on all machines, by their signs of life; null: "
+        "not known, as in an API's first seconds"
+    )
+    busy_workers: int | None = Field(description="those that run jobs now, on all machines; null: not known")
+    warnings: list[str] = Field(
+        description="what is wrong although this API does its work, in sentences: without workers or the "
+        "broker it accepts jobs, which wait"
+    )
+
+
+# Both without a thread of those that requests have, which may all be waiting for the database.
+
+
+@router.head("/live", include_in_schema=False)
+@router.get("/live", responses=problem_responses(public=True))
+async def live() -> Health:
+    """The process answers. Asks nothing else, so that nothing else has it restarted."""
     return Health()
 
 
-@router.get("/ready", responses=problem_responses(ServiceErrorCode.NOT_READY))
-def ready(services: InServices) -> Health:
-    """Database, storage and workers are there."""
-    try:
-        services.database.check()
-    except SQLAlchemyError as error:
-        log.warning("database is not ready", error=str(error))
-        raise ServiceError(ServiceErrorCode.NOT_READY, "The database does not answer.") from error
-    if not os.access(services.data.staging, os.W_OK):
-        raise ServiceError(ServiceErrorCode.NOT_READY, "The data directory cannot be written.")
-    if not services.supervisor.is_alive():
-        raise ServiceError(ServiceErrorCode.NOT_READY, "A worker is not running.")
-    return Health()
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", responses=problem_responses(ServiceErrorCode.NOT_READY, public=True))
+async def ready(services: InServices) -> Ready:
+    """Database and store are there, and what runs in this process. Answers within some seconds even where one
+    of them hangs.
+
+    Without workers, or without the broker, an API is ready nevertheless: it accepts jobs, which are not lost,
+    and hands out results. `warnings` says so.
+    """
+    complaints = await services.readiness.complaints()
+    if complaints:
+        raise ServiceError(ServiceErrorCode.NOT_READY, " ".join(complaints))
+    warnings, busy_workers = await asyncio.gather(
+        services.readiness.warnings(), services.readiness.busy_workers()
+    )
+    return Ready(
+        isolation=services.runner.isolation,
+        workers=services.readiness.count_workers(),
+        busy_workers=busy_workers,
+        warnings=warnings,
+    )

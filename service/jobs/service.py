@@ -1,4 +1,4 @@
-"""Jobs: submitting, reading and cancelling them, and the changes of state that workers make."""
+"""Jobs as clients see them: submitted, read, cancelled. What workers do with them is in leases.py."""
 
 from __future__ import annotations
 
@@ -7,267 +7,374 @@ import importlib.metadata
 import json
 import threading
 import uuid
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import TypeAdapter
 from sqlalchemy.orm import Session
 
+from rewriter import QatError, Recipe
+from service import tracing
 from service.database import Database, now
 from service.errors import Cause, ServiceError, ServiceErrorCode
 from service.jobs import repository
-from service.jobs.models import FINISHED, JobKind, JobRow, JobState
+from service.jobs.models import JobRow
 from service.jobs.schemas import (
     FinalizeRequest,
-    InspectRequest,
     Job,
+    JobInputs,
     JobPage,
     JobRequest,
+    JobSummary,
+    PrepareInputs,
     PrepareRequest,
     Progress,
 )
-from service.storage import DataDirectory
-from service.uploads.models import UploadKind
+from service.jobs.states import FINISHED, UNFINISHED, JobKind, JobState
+from service.logs import current_request_id
+from service.metrics.instruments import JOBS_SUBMITTED, job_finished
+from service.retention.policy import Retention
+from service.storage.store import result_key
+from service.tenants import quotas
+from service.tenants import repository as tenants
+from service.uploads.kinds import UploadKind
 from service.uploads.schemas import StoredFile
 from service.uploads.service import UploadService
+from service.webhooks.schemas import Webhook
+from service.webhooks.service import WebhookService
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 _REQUEST: Final[TypeAdapter[JobRequest]] = TypeAdapter(JobRequest)
-_NOT_STARTED: Final[dict[str, Any]] = {"stage": None, "fraction": 0.0, "started_at": None}
+_INPUTS: Final[TypeAdapter[JobInputs]] = TypeAdapter(JobInputs)
+_INPUT_FIELDS: Final = (PrepareInputs.model_fields.keys() | FinalizeRequest.model_fields.keys()) - {"kind"}
 # The other inputs of a result: another version may make another bundle.
 _VERSION: Final = importlib.metadata.version("onnx-qat")
 
 
-class JobService:
-    """All that happens to a job. Safe to use from several threads."""
+@dataclass(frozen=True)
+class _Wish:
+    """Work that somebody wants done."""
 
-    def __init__(self, database: Database, data: DataDirectory, uploads: UploadService) -> None:
+    tenant: str
+    request: PrepareRequest | FinalizeRequest
+    key: str | None
+    webhook: Webhook | None = None
+    retry_of: str | None = None
+
+
+class JobService:
+    """Submits, finds and cancels jobs. Safe to use from several threads and processes."""
+
+    def __init__(
+        self,
+        database: Database,
+        uploads: UploadService,
+        webhooks: WebhookService,
+        retention: Retention,
+    ) -> None:
         self.queued = threading.Event()
         """Set when there may be a job to run."""
         self._database = database
-        self._data = data
         self._uploads = uploads
-
-    # What clients ask.
+        self._webhooks = webhooks
+        self._retention = retention
 
     def submit(
-        self, request: PrepareRequest | FinalizeRequest | InspectRequest, key: str | None = None
+        self,
+        tenant: str,
+        request: PrepareRequest | FinalizeRequest,
+        key: str | None = None,
+        webhook: Webhook | None = None,
     ) -> Job:
         """Queue a job, or return the one that does the same work or was submitted under the same key.
 
-        The job is in the database when this returns.
+        The job is in the database when this returns. The webhook is told of the job in either case, beside
+        those of others who submitted the same work.
 
         Raises:
             ServiceError: `model_not_found`, `data_not_found`, `checkpoint_not_found`, `job_not_found`,
-                `job_not_succeeded`, `job_kind_unavailable`, `idempotency_key_reused`.
+                `job_not_succeeded`, `idempotency_key_reused`,
+                `webhook_url_refused`, `webhook_secret_missing`, `webhook_limit_reached`,
+                `job_quota_exceeded`, `storage_quota_exceeded`.
         """
-        if isinstance(request, InspectRequest):
-            raise ServiceError(
-                ServiceErrorCode.JOB_KIND_UNAVAILABLE,
-                "Jobs of the kind 'inspect' are not available in this version; use 'prepare' or 'finalize'.",
-                field="kind",
-            )
-        self._check_inputs(request)
-        content = request.model_dump(mode="json")
-        digest = _digest(content)
-        with self._database.writing() as session:
-            row = _keyed_job(session, key, digest) or repository.find_answering(session, digest)
-            is_new = row is None
-            if row is None:
-                row = JobRow(
-                    id=uuid.uuid4().hex, kind=request.kind.value, request=content, request_digest=digest
-                )
-                repository.add(session, row)
-            if key is not None and repository.find_key(session, key) is None:
-                repository.add_key(session, key, row)
-        log.info("job submitted", job=row.id, kind=row.kind, new=is_new)
-        self.queued.set()
-        return _job(row)
+        if webhook is not None:
+            self._webhooks.check(webhook)
+        wish = _Wish(tenant, request, key=key, webhook=webhook)
+        return self._queue(wish)
 
-    def get(self, job_id: str) -> Job:
+    def retry(self, tenant: str, job_id: str, key: str | None = None) -> Job:
+        """Queue the work of a failed or cancelled job again; whoever was told of that is told of the new one.
+
+        Raises:
+            ServiceError: `job_not_retryable`, and as for `submit`.
+            QatError: `recipe_invalid`, `recipe_unsupported`: this version does not take the job's recipe.
+        """
+        with self._database.reading() as session:
+            row = _found(repository.find(session, tenant, job_id))
+        if row.state not in (JobState.FAILED, JobState.CANCELLED):
+            raise ServiceError(
+                ServiceErrorCode.JOB_NOT_RETRYABLE,
+                f"The job is {row.state}; only a failed or a cancelled job can be retried.",
+            )
+        return self._queue(_Wish(tenant, request_of(row), key=key, retry_of=job_id))
+
+    def _queue(self, wish: _Wish) -> Job:
+        content = _content(wish.request)
+        digest = _digest({"version": _VERSION, **content})
+        # A key stands for a request: to retry is another one than to submit the same work.
+        key_digest = _digest(_sent(wish.request) if wish.retry_of is None else {"retry": wish.retry_of})
+
+        def find_or_add(session: Session) -> tuple[JobRow, bool]:
+            owner = tenants.locked(session, wish.tenant)
+            known = _keyed_job(session, wish, key_digest)
+            if known is None:
+                self._hold_inputs(session, wish.tenant, wish.request)
+                known = repository.lock_answering(session, wish.tenant, digest)
+            row = known or JobRow(
+                id=uuid.uuid4().hex,
+                tenant=wish.tenant,
+                kind=wish.request.kind.value,
+                request=content,
+                inputs=_inputs_of(wish.request),
+                request_digest=digest,
+                retry_of=wish.retry_of,
+                request_id=current_request_id(),
+                trace_parent=tracing.current_parent(),
+            )
+            if known is None:
+                quotas.require_job(session, owner)
+                repository.add(session, row, _uploads_of(wish.request))
+            elif JobState(row.state) in FINISHED:
+                row.expires_at = self._retention.expiry()  # whoever asks for it again may fetch it again
+            if wish.key is not None and repository.find_key(session, wish.tenant, wish.key) is None:
+                repository.add_key(session, wish.key, row, key_digest)
+            if wish.webhook is not None:
+                self._webhooks.subscribe(session, row, wish.webhook)
+            if wish.retry_of is not None:
+                self._webhooks.subscribe_as(session, row, wish.retry_of)
+            return row, known is None
+
+        row, is_new = self._database.write(find_or_add)
+        log.info("job submitted", job=row.id, kind=row.kind, new=is_new)
+        how = "known" if not is_new else "new" if wish.retry_of is None else "retry"
+        JOBS_SUBMITTED.labels(row.kind, how).inc()
+        self.queued.set()
+        return job_of(row)
+
+    def get(self, tenant: str, job_id: str) -> Job:
         """Raises: ServiceError: `job_not_found`."""
         with self._database.reading() as session:
-            return _job(_found(repository.find(session, job_id)))
+            return job_of(_found(repository.find(session, tenant, job_id)))
 
-    def page(self, *, state: JobState | None, cursor: int | None, limit: int) -> JobPage:
-        """Jobs, the newest first."""
+    def page(self, tenant: str, *, state: JobState | None, cursor: int | None, limit: int) -> JobPage:
+        """A tenant's jobs, the newest first."""
         with self._database.reading() as session:
-            rows = repository.page(session, state=state, cursor=cursor, limit=limit + 1)
+            rows = repository.page(session, tenant, state=state, cursor=cursor, limit=limit + 1)
         more = len(rows) > limit
         rows = rows[:limit]
-        return JobPage(items=[_job(row) for row in rows], next=rows[-1].number if more else None)
+        return JobPage(items=[_summary_of(row) for row in rows], next=rows[-1].number if more else None)
 
-    def cancel(self, job_id: str) -> Job:
+    def summary(self, tenant: str, job_id: str) -> JobSummary:
+        """Raises: ServiceError: `job_not_found`."""
+        with self._database.reading() as session:
+            return _summary_of(_found(repository.find_summary(session, tenant, job_id)))
+
+    def changes(self, known: Mapping[str, int]) -> dict[str, JobSummary | None]:
+        """Of jobs, given with the revisions that are known, those that have others; None: it is gone."""
+        changes: dict[str, JobSummary | None] = {}
+        job_ids = list(known)
+        with self._database.reading() as session:
+            # A database takes only so many parameters at a time.
+            for some in (job_ids[first : first + 1000] for first in range(0, len(job_ids), 1000)):
+                revisions = repository.revisions(session, some)
+                changes |= {job_id: None for job_id in some if job_id not in revisions}
+                changed = [job_id for job_id, revision in revisions.items() if revision != known[job_id]]
+                if changed:
+                    summaries = map(_summary_of, repository.summaries(session, changed))
+                    changes |= {summary.id: summary for summary in summaries}
+        return changes
+
+    def cancel(self, tenant: str, job_id: str) -> Job:
         """Cancel a job; its process is killed by the worker that runs it.
 
         Raises:
             ServiceError: `job_not_found`, `job_finished`.
         """
         with self._database.writing() as session:
-            unfinished = [JobState.QUEUED, JobState.RUNNING]
-            if repository.change(
-                session, job_id, unfinished, state=JobState.CANCELLED.value, finished_at=now()
-            ):
-                log.info("job cancelled", job=job_id)
-                return _job(_found(repository.find(session, job_id)))
-            row = _found(repository.find(session, job_id))
-        raise ServiceError(ServiceErrorCode.JOB_FINISHED, f"The job has already {_PAST[row.state]}.")
+            row = _found(repository.lock(session, tenant, job_id))
+            if JobState(row.state) in FINISHED:
+                raise ServiceError(ServiceErrorCode.JOB_FINISHED, f"The job has already {_PAST[row.state]}.")
+            repository.change(
+                session,
+                job_id,
+                UNFINISHED,
+                state=JobState.CANCELLED.value,
+                finished_at=now(),
+                expires_at=self._retention.expiry(),
+            )
+            session.refresh(row)
+            job = job_of(row)
+        log.info("job cancelled", job=job_id)
+        job_finished(job.kind, JobState.CANCELLED, None, None)
+        return job
 
-    def result_file(self, job_id: str, name: str) -> tuple[Path, StoredFile]:
-        """One file of a succeeded job's result.
+    def result_file(self, tenant: str, job_id: str, name: str) -> tuple[str, StoredFile]:
+        """One file of a succeeded job's result, with its key in the store.
 
         Raises:
             ServiceError: `job_not_found`, `job_not_succeeded`, `file_not_found`.
         """
-        job = self._succeeded(job_id)
-        for file in job.files:
+        files = self.result_files(tenant, job_id)
+        for key, file in files:
             if file.name == name:
-                return self.result_directory(job_id) / "files" / name, file
+                return key, file
         raise ServiceError(
             ServiceErrorCode.FILE_NOT_FOUND,
-            f"The job made no such file; it made {', '.join(file.name for file in job.files)}.",
+            f"The job made no such file; it made {', '.join(file.name for _, file in files)}.",
             file=name,
         )
 
-    def bundle(self, job_id: str) -> tuple[Path, StoredFile]:
-        """The zip of a prepare job's bundle; errors as for `result_file`."""
-        job = self._succeeded(job_id)
+    def result_files(self, tenant: str, job_id: str) -> list[tuple[str, StoredFile]]:
+        """All files of a succeeded job's result, but for the zip, each with its key in the store.
+
+        Raises:
+            ServiceError: `job_not_found`, `job_not_succeeded`.
+        """
+        job = self._succeeded(tenant, job_id)
+        return [(result_key(job.id, job.attempt, f"files/{file.name}"), file) for file in job.files]
+
+    def bundle(self, tenant: str, job_id: str) -> tuple[str, StoredFile]:
+        """The zip of a prepare job's bundle, with its key; errors as for `result_file`."""
+        job = self._succeeded(tenant, job_id)
         if job.bundle is None:
             raise ServiceError(
                 ServiceErrorCode.FILE_NOT_FOUND,
                 f"A {job.kind} job makes no bundle; get its files one by one.",
             )
-        return self.result_directory(job_id) / job.bundle.name, job.bundle
+        return result_key(job.id, job.attempt, job.bundle.name), job.bundle
 
-    def result_directory(self, job_id: str) -> Path:
-        """Where the result of a succeeded job is."""
-        return self._data.result(job_id)
-
-    # What workers report.
-
-    def claim(self) -> Job | None:
-        """Take the oldest queued job to run it."""
-        with self._database.writing() as session:
-            row = repository.oldest_queued(session)
-            if row is None:
-                return None
-            repository.change(
-                session, row.id, [JobState.QUEUED], state=JobState.RUNNING.value, started_at=now()
-            )
-            session.refresh(row)
-            return _job(row)
-
-    def is_running(self, job_id: str) -> bool:
-        """False as soon as the job was cancelled."""
-        return self.get(job_id).state is JobState.RUNNING
-
-    def advance(self, job_id: str, progress: Progress) -> None:
-        """Record the progress of a running job."""
-        with self._database.writing() as session:
-            repository.change(session, job_id, [JobState.RUNNING], **progress.model_dump())
-
-    def succeed(self, job_id: str, files: list[StoredFile], bundle: StoredFile | None) -> bool:
-        """End a running job whose result is in place; false when it was cancelled meanwhile."""
-        return self._finish(
-            job_id,
-            state=JobState.SUCCEEDED.value,
-            fraction=1.0,
-            files=[file.model_dump() for file in files],
-            bundle=None if bundle is None else bundle.model_dump(),
-        )
-
-    def fail(self, job_id: str, failure: Cause) -> bool:
-        """End a running job without a result; false when it was cancelled meanwhile."""
-        return self._finish(
-            job_id, state=JobState.FAILED.value, failure=failure.model_dump(mode="json", exclude_none=True)
-        )
-
-    def requeue(self, job_id: str) -> None:
-        """Put a running job back into the queue, to run again from its start."""
-        with self._database.writing() as session:
-            repository.change(
-                session, job_id, [JobState.RUNNING], state=JobState.QUEUED.value, **_NOT_STARTED
-            )
-
-    def recover(self) -> None:
-        """Queue what was running when the last service died."""
-        with self._database.writing() as session:
-            for job_id in repository.requeue_running(session, **_NOT_STARTED):
-                log.info("job queued again after a restart", job=job_id)
-
-    def _finish(self, job_id: str, **values: Any) -> bool:
-        with self._database.writing() as session:
-            return repository.change(session, job_id, [JobState.RUNNING], finished_at=now(), **values)
-
-    def _succeeded(self, job_id: str) -> Job:
-        job = self.get(job_id)
-        if job.state is not JobState.SUCCEEDED:
-            raise ServiceError(
-                ServiceErrorCode.JOB_NOT_SUCCEEDED, f"The job is {job.state}; only a succeeded job has files."
-            )
+    def _succeeded(self, tenant: str, job_id: str) -> Job:
+        job = self.get(tenant, job_id)
+        _require_success(job.state)
         return job
 
-    def _check_inputs(self, request: PrepareRequest | FinalizeRequest) -> None:
-        if isinstance(request, PrepareRequest):
-            self._check_upload(UploadKind.MODEL, request.model)
-            self._check_upload(UploadKind.DATASET, request.calibration)
-            return
-        prepared = self._succeeded(request.prepare_job)
-        if prepared.kind is not JobKind.PREPARE:
-            raise ServiceError(
-                ServiceErrorCode.REQUEST_INVALID,
-                "The job to finalize is not a prepare job.",
-                field="prepare_job",
-            )
-        self._check_upload(UploadKind.CHECKPOINT, request.checkpoint)
-        self._check_upload(UploadKind.DATASET, request.verify)
+    def _hold_inputs(self, session: Session, tenant: str, request: PrepareRequest | FinalizeRequest) -> None:
+        """See to it that the inputs are there, and are not removed before the job is in the database."""
+        if isinstance(request, FinalizeRequest):
+            prepared = _found(repository.lock(session, tenant, request.prepare_job))
+            _require_success(prepared.state)
+            if prepared.kind != JobKind.PREPARE:
+                raise ServiceError(
+                    ServiceErrorCode.REQUEST_INVALID,
+                    "The job to finalize is not a prepare job.",
+                    field="prepare_job",
+                )
+        for kind, identifier in _uploads_of(request):
+            self._uploads.hold(session, tenant, kind, identifier)
 
-    def _check_upload(self, kind: UploadKind, identifier: str | None) -> None:
-        if identifier is not None:
-            self._uploads.get(kind, identifier)
+
+def _inputs_of(request: PrepareRequest | FinalizeRequest) -> dict[str, str]:
+    """The ids of what a job works on, by the names of their fields."""
+    return request.model_dump(include=_INPUT_FIELDS, exclude_none=True)
+
+
+def _uploads_of(request: PrepareRequest | FinalizeRequest) -> list[tuple[UploadKind, str]]:
+    """The uploads that a job reads."""
+    inputs = (
+        {UploadKind.MODEL: request.model, UploadKind.DATASET: request.calibration}
+        if isinstance(request, PrepareRequest)
+        else {UploadKind.CHECKPOINT: request.checkpoint, UploadKind.DATASET: request.verify}
+    )
+    return [(kind, identifier) for kind, identifier in inputs.items() if identifier is not None]
+
+
+def _require_success(state: str) -> None:
+    if state != JobState.SUCCEEDED:
+        raise ServiceError(
+            ServiceErrorCode.JOB_NOT_SUCCEEDED, f"The job is {state}; only a succeeded job has files."
+        )
 
 
 _PAST: Final = {state.value: state.value for state in FINISHED} | {"cancelled": "been cancelled"}
 
 
-def _keyed_job(session: Session, key: str | None, digest: str) -> JobRow | None:
-    known = None if key is None else repository.find_key(session, key)
-    if known is None:
+def _keyed_job(session: Session, wish: _Wish, digest: str) -> JobRow | None:
+    key = None if wish.key is None else repository.find_key(session, wish.tenant, wish.key)
+    if key is None:
         return None
-    if known.request_digest != digest:
+    if key.request_digest != digest:
         raise ServiceError(
             ServiceErrorCode.IDEMPOTENCY_KEY_REUSED,
             "The Idempotency-Key was used for another request; take a new key for each request.",
             field="Idempotency-Key",
         )
-    return repository.get_by_number(session, known.job_number)
+    return repository.lock_by_number(session, key.job_number)
 
 
-def _digest(request: dict[str, Any]) -> str:
-    text = json.dumps({"version": _VERSION, **request}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _content(request: PrepareRequest | FinalizeRequest) -> dict[str, Any]:
+    """What makes one piece of work another than others, defaults included."""
+    return request.model_dump(mode="json", exclude={"webhook"})
 
 
-def _found(row: JobRow | None) -> JobRow:
+def _sent(request: PrepareRequest | FinalizeRequest) -> dict[str, Any]:
+    """Of a request what its client chose: the same in every version, whose defaults may differ."""
+    sent = request.model_dump(mode="json", exclude={"webhook"}, exclude_unset=True, exclude_none=True)
+    return {name: value for name, value in sent.items() if value != {}}  # as an empty recipe
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _found(row: T | None) -> T:
     if row is None:
         raise ServiceError(ServiceErrorCode.JOB_NOT_FOUND, "There is no job with this id.")
     return row
 
 
-def _job(row: JobRow) -> Job:
-    return Job(
-        id=row.id,
-        kind=JobKind(row.kind),
-        state=JobState(row.state),
-        progress=Progress(stage=row.stage, fraction=row.fraction),
-        failure=None if row.failure is None else Cause.model_validate(row.failure),
-        request=_REQUEST.validate_python(row.request),
-        files=[StoredFile.model_validate(file) for file in row.files],
-        bundle=None if row.bundle is None else StoredFile.model_validate(row.bundle),
-        revision=row.revision,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-    )
+def request_of(row: JobRow) -> PrepareRequest | FinalizeRequest:
+    """What a job is to do.
+
+    Raises:
+        QatError: `recipe_invalid`, `recipe_unsupported`: another version of the service took the recipe.
+    """
+    return _REQUEST.validate_python(row.request)
+
+
+def job_of(row: JobRow) -> Job:
+    """A job as it crosses the wire, whichever version took it."""
+    try:
+        request = request_of(row)
+    except QatError:
+        request = _REQUEST.validate_python({**row.request, "recipe": Recipe()})
+        request = request.model_copy(update={"recipe": row.request["recipe"]})
+    return Job(request=request, **_fields_of(row))
+
+
+def _summary_of(row: JobRow) -> JobSummary:
+    return JobSummary(request=_INPUTS.validate_python({"kind": row.kind, **row.inputs}), **_fields_of(row))
+
+
+def _fields_of(row: JobRow) -> dict[str, Any]:
+    """All but the request."""
+    return {
+        "id": row.id,
+        "kind": JobKind(row.kind),
+        "state": JobState(row.state),
+        "progress": Progress(stage=row.stage, fraction=row.fraction),
+        "failure": None if row.failure is None else Cause.model_validate(row.failure),
+        "files": [StoredFile.model_validate(file) for file in row.files],
+        "bundle": None if row.bundle is None else StoredFile.model_validate(row.bundle),
+        "attempt": row.attempt,
+        "revision": row.revision,
+        "created_at": row.created_at,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+        "retry_of": row.retry_of,
+        "expires_at": row.expires_at,
+    }

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 from service.errors import ServiceError, ServiceErrorCode
 
+# Of all headers of a part together; a form needs some 200 bytes of them.
+_LARGEST_HEADERS: Final = 16 << 10
+
 
 @dataclass(frozen=True)
 class PartStart:
@@ -68,10 +71,11 @@ class _Reader:
         self._headers: dict[bytes, bytes] = {}
         self._header_name = b""
         self._header_value = b""
+        self._header_bytes = 0
 
     def callbacks(self) -> MultipartCallbacks:
         return {
-            "on_part_begin": self._headers.clear,
+            "on_part_begin": self._on_part_begin,
             "on_header_field": self._on_header_field,
             "on_header_value": self._on_header_value,
             "on_header_end": self._on_header_end,
@@ -85,11 +89,22 @@ class _Reader:
         events, self._events = self._events, []
         return events
 
+    def _on_part_begin(self) -> None:
+        self._headers.clear()
+        self._header_bytes = 0
+
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header_name += data[start:end]
 
     def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header_value += data[start:end]
+
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > _LARGEST_HEADERS:
+            raise _invalid(f"The headers of a part are larger than {_LARGEST_HEADERS} bytes.")
 
     def _on_header_end(self) -> None:
         self._headers[self._header_name.lower()] = self._header_value

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import anyio.to_thread
 from fastapi import Request
 
 from rewriter import ErrorCode
 from service.errors import ServiceError, ServiceErrorCode
-from service.settings import Settings
-from service.uploads.models import UploadKind
+from service.uploads.body import bounded_body, media_type_of
+from service.uploads.digests import announced_sha256, require_sha256
+from service.uploads.intake import FileWriter, Intake
+from service.uploads.kinds import FILE_NAMES, UploadKind
 from service.uploads.multipart import PartEnd, PartStart, boundary_of, read_parts
 from service.uploads.schemas import StoredFile
 
-# Written to disk in pieces of this many bytes.
-_BLOCK: Final = 1 << 20
 _RAW_MEDIA_TYPES: Final = frozenset(
     {
         "",
@@ -50,12 +48,6 @@ class TextField:
 
 Form = Mapping[str, FileField | TextField]
 
-# What each kind of upload is stored as.
-FILE_NAMES: Final[Mapping[UploadKind, str]] = {
-    UploadKind.MODEL: "model.onnx",
-    UploadKind.DATASET: "data.npz",
-    UploadKind.CHECKPOINT: "checkpoint",
-}
 _EXTERNAL_DATA: Final = FileField(UploadKind.MODEL, None)
 UPLOAD_FORMS: Final[Mapping[UploadKind, Form]] = {
     UploadKind.MODEL: {
@@ -71,6 +63,7 @@ PREPARE_FORM: Final[Form] = {
     **UPLOAD_FORMS[UploadKind.MODEL],
     "calibration": FileField(UploadKind.DATASET, FILE_NAMES[UploadKind.DATASET]),
     "recipe": TextField(),
+    "webhook": TextField(),
 }
 
 
@@ -92,44 +85,48 @@ class Received:
             )
 
 
-async def receive_upload(request: Request, kind: UploadKind, directory: Path, settings: Settings) -> Received:
+async def receive_upload(request: Request, kind: UploadKind, directory: Path, intake: Intake) -> Received:
     """Receive one upload: the file as the request's body, or a form with it and what belongs to it.
 
     Raises:
         ServiceError: `media_type_unsupported`, `request_too_large`, `upload_empty`, `request_invalid`,
-            `file_name_invalid`, `external_data_outside`.
+            `file_name_invalid`, `external_data_outside`, `digest_mismatch`, and those of `bounded_body`.
     """
     media_type = media_type_of(request)
     if media_type == _MULTIPART:
         form = UPLOAD_FORMS[kind]
-        received = await receive_form(request, form, directory, settings)
+        received = await receive_form(request, form, directory, intake)
         received.require(kind, next(iter(form)))
         return received
     if media_type not in _RAW_MEDIA_TYPES:
         raise _unsupported(f"Send the file as application/octet-stream or {_MULTIPART}, not {media_type}.")
+    announced = announced_sha256(request.headers)
     received = Received(directory)
-    with closing(_FileSink(received, kind, FILE_NAMES[kind])) as sink:
-        async for chunk in bounded_body(request, settings.max_upload_bytes):
-            await sink.write(chunk)
+    with closing(_FileSink(received, kind, FILE_NAMES[kind], intake)) as sink:
+        async for piece in bounded_body(request, intake.settings.max_upload_bytes, intake):
+            await sink.write(piece)
         await sink.finish()
+    require_sha256(announced, received.files[kind][0].sha256, FILE_NAMES[kind])
     return received
 
 
-async def receive_form(request: Request, form: Form, directory: Path, settings: Settings) -> Received:
+async def receive_form(request: Request, form: Form, directory: Path, intake: Intake) -> Received:
     """Receive a multipart form; errors as for `receive_upload`."""
     if media_type_of(request) != _MULTIPART:
         raise _unsupported(f"Send a form as {_MULTIPART}.")
     received = Received(directory)
     boundary = boundary_of(request.headers["content-type"])
+    limit = intake.settings.max_upload_files
+    body = bounded_body(request, intake.settings.max_upload_bytes, intake)
     sink: _FileSink | _TextSink | None = None
     count = 0
     try:
-        async for event in read_parts(bounded_body(request, settings.max_upload_bytes), boundary):
+        async for event in read_parts(_checked(body, announced_sha256(request.headers), intake), boundary):
             if isinstance(event, PartStart):
                 count += 1
-                if count > settings.max_upload_files:
-                    raise _too_large(f"The form has more than {settings.max_upload_files} parts.")
-                sink = _open_sink(event, form, received, settings)
+                if count > limit:
+                    raise _too_large(f"The form has more than {limit} parts.")
+                sink = _open_sink(event, form, received, intake)
             elif isinstance(event, PartEnd):
                 assert sink is not None
                 await sink.finish()
@@ -144,7 +141,20 @@ async def receive_form(request: Request, form: Form, directory: Path, settings: 
     return received
 
 
-def _open_sink(part: PartStart, form: Form, received: Received, settings: Settings) -> _FileSink | _TextSink:
+async def _checked(body: AsyncIterator[bytes], announced: str | None, intake: Intake) -> AsyncIterator[bytes]:
+    """The pieces of a form, whose digest, if one is announced, is that of the whole body and no file's."""
+    if announced is None:
+        async for piece in body:
+            yield piece
+        return
+    digest = hashlib.sha256()
+    async for piece in body:
+        await intake.write(digest.update, piece)
+        yield piece
+    require_sha256(announced, digest.hexdigest())
+
+
+def _open_sink(part: PartStart, form: Form, received: Received, intake: Intake) -> _FileSink | _TextSink:
     target = form.get(part.name)
     if target is None:
         raise ServiceError(
@@ -153,24 +163,31 @@ def _open_sink(part: PartStart, form: Form, received: Received, settings: Settin
             field=part.name,
         )
     if isinstance(target, TextField):
-        return _TextSink(received, part.name, settings.max_request_bytes)
-    return _FileSink(received, target.kind, target.name or _external_data_name(part.filename))
+        return _TextSink(received, part.name, intake.settings.max_request_bytes)
+    return _FileSink(received, target.kind, target.name or external_data_name(part.filename), intake)
 
 
-def _external_data_name(name: str | None) -> str:
-    """The name under which the model refers to the file: one component, nothing that a path could do."""
+def external_data_name(name: str | None, field: str = "external_data") -> str:
+    """The name under which the model refers to the file: one component, nothing that a path could do.
+
+    Args:
+        field: of the request, that has the name.
+
+    Raises:
+        ServiceError: `file_name_invalid`, `external_data_outside`.
+    """
     if not name or name in FILE_NAMES.values() or len(name.encode()) > 255 or not name.isprintable():
         raise ServiceError(
             ServiceErrorCode.FILE_NAME_INVALID,
             "An external-data file needs a plain file name of its own.",
-            field="external_data",
+            field=field,
             file=name or None,
         )
     if name in (".", "..") or "/" in name or "\\" in name:
         raise ServiceError(
             ErrorCode.EXTERNAL_DATA_OUTSIDE,
             "An external-data file must have a name without a path; it lies beside the model.",
-            field="external_data",
+            field=field,
             file=name,
         )
     return name
@@ -179,48 +196,34 @@ def _external_data_name(name: str | None) -> str:
 class _FileSink:
     """A file on its way to disk: hashed and counted as it is written."""
 
-    def __init__(self, received: Received, kind: UploadKind, name: str) -> None:
+    def __init__(self, received: Received, kind: UploadKind, name: str, intake: Intake) -> None:
         self._received = received
         self._kind = kind
+        self._name = name
+        self._hash = hashlib.sha256()
+        self._size = 0
         path = received.directory / kind.value / name
         path.parent.mkdir(exist_ok=True)
         try:
-            self._file = path.open("xb", buffering=0)
+            self._writer = FileWriter(intake, path.open("xb", buffering=0), self._hash)
         except FileExistsError as error:
             raise ServiceError(
                 ServiceErrorCode.FILE_NAME_INVALID, "Two files of the form have the same name.", file=name
             ) from error
-        self._name = name
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._block = bytearray()
 
-    async def write(self, chunk: bytes) -> None:
-        self._block += chunk
-        if len(self._block) >= _BLOCK:
-            await anyio.to_thread.run_sync(self._flush)
+    async def write(self, piece: bytes) -> None:
+        self._size += len(piece)
+        await self._writer.write(piece)
 
     async def finish(self) -> None:
-        await anyio.to_thread.run_sync(self._complete)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _flush(self) -> None:
-        self._hash.update(self._block)
-        unwritten = memoryview(self._block)
-        while unwritten:
-            unwritten = unwritten[self._file.write(unwritten) :]
-        self._size += len(self._block)
-        self._block = bytearray()
-
-    def _complete(self) -> None:
-        self._flush()
         if self._size == 0:
             raise ServiceError(ServiceErrorCode.UPLOAD_EMPTY, "The file is empty.", file=self._name)
-        os.fchmod(self._file.fileno(), 0o444)
+        await self._writer.flush()
         stored = StoredFile(name=self._name, bytes=self._size, sha256=self._hash.hexdigest())
         self._received.files.setdefault(self._kind, []).append(stored)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class _TextSink:
@@ -246,25 +249,6 @@ class _TextSink:
 
     def close(self) -> None:
         """Nothing to release."""
-
-
-async def bounded_body(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The request's body as it arrives; `request_too_large` when there is more than that many bytes."""
-    message = f"The request is larger than {limit} bytes."
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise _too_large(message)
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(message)
-        yield chunk
-
-
-def media_type_of(request: Request) -> str:
-    """The media type of the request's body, without parameters; empty when it names none."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _unsupported(detail: str) -> ServiceError:

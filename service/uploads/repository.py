@@ -1,16 +1,70 @@
-"""Queries on uploads."""
+"""Queries on uploads and their content."""
 
 from __future__ import annotations
 
+import datetime
+
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from service.uploads.models import UploadKind, UploadRow
+from service.database import now
+from service.uploads.kinds import UploadKind
+from service.uploads.models import BlobRow, UploadBlobRow, UploadRow
+from service.uploads.schemas import StoredFile
 
 
-def find(session: Session, kind: UploadKind, identifier: str) -> UploadRow | None:
-    return session.get(UploadRow, (kind.value, identifier))
+def find(session: Session, tenant: str, kind: UploadKind, identifier: str) -> UploadRow | None:
+    return session.get(UploadRow, (tenant, kind.value, identifier))
+
+
+def use(session: Session, tenant: str, kind: UploadKind, identifier: str) -> UploadRow | None:
+    """An upload that somebody uses now; it is not removed before the transaction ends."""
+    row = session.get(UploadRow, (tenant, kind.value, identifier), with_for_update={"key_share": True})
+    if row is not None:
+        row.used_at = now()
+        session.flush()
+    return row
 
 
 def add(session: Session, row: UploadRow) -> None:
+    """Add an upload whose content is locked (`lock_blob`)."""
     session.add(row)
     session.flush()
+    for digest in {file["sha256"] for file in row.files}:
+        session.add(UploadBlobRow(tenant=row.tenant, kind=row.kind, upload=row.id, sha256=digest))
+    session.flush()
+
+
+def content_bytes(session: Session, tenant: str, sha256: str) -> int | None:
+    """Size of content that some upload of the tenant has."""
+    return session.scalar(
+        select(BlobRow.bytes)
+        .join(UploadBlobRow, UploadBlobRow.sha256 == BlobRow.sha256)
+        .where(UploadBlobRow.tenant == tenant, BlobRow.sha256 == sha256)
+        .limit(1)
+    )
+
+
+def lock_blob(session: Session, file: StoredFile) -> None:
+    """Keep content from being removed until the transaction ends; its row is made if there is none."""
+    if session.get(BlobRow, file.sha256, with_for_update=True) is None:
+        session.add(BlobRow(sha256=file.sha256, bytes=file.bytes))
+        session.flush()
+
+
+def lock_unreferenced_blob(session: Session, before: datetime.datetime) -> BlobRow | None:
+    """Some content that no upload has any more and that was first stored before that time."""
+    return session.scalar(
+        select(BlobRow)
+        .where(
+            BlobRow.created_at < before,
+            ~exists().where(UploadBlobRow.sha256 == BlobRow.sha256),
+        )
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def stored_bytes(session: Session) -> int:
+    """Of all content, each counted once."""
+    return int(session.scalar(select(func.sum(BlobRow.bytes))) or 0)

@@ -1,4 +1,4 @@
-"""The process of one job: limits itself, does the work, reports. What it parses and runs is hostile."""
+"""The process of one job does the work and reports. What it parses and runs is hostile: it is confined."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Final
 
 from rewriter import Progress, QatError, finalize, prepare, write_zip
 from service.errors import Cause, ServiceErrorCode
-from service.worker.limits import apply_limits, die_with
+from service.storage import room
+from service.worker.confinement import ORDER_FILE
 from service.worker.order import (
     BUNDLE_FILE,
-    ORDER_FILE,
     RESULT_DIRECTORY,
     FinalizeWork,
     Order,
@@ -23,6 +23,7 @@ from service.worker.order import (
     PrepareWork,
     ProgressReport,
 )
+from service.worker.postmortem import FILE_TOO_LARGE, OUT_OF_MEMORY, is_about_memory
 
 INT8_MODEL_FILE: Final = "model.int8.onnx"
 FINALIZE_REPORT_FILE: Final = "finalize.json"
@@ -59,8 +60,6 @@ WORK: Final[dict[str, Callable[..., None]]] = {
 def main(scratch: Path) -> int:
     """Carry out the order in a scratch directory; the exit status says whether an outcome was reported."""
     order = Order.model_validate_json((scratch / ORDER_FILE).read_bytes())
-    die_with(order.supervisor_pid)
-    apply_limits(order.limits, scratch)
     reporter = _Reporter(order.report_descriptor)
     reporter.finish(_attempt(order, scratch / RESULT_DIRECTORY, reporter.progress))
     return 0
@@ -90,19 +89,16 @@ def _cause_of(error: Exception) -> Cause:
 
 
 def _exhausted(error: BaseException) -> Cause | None:
-    if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+    if isinstance(error, MemoryError) or is_about_memory(str(error)):
         return Cause(code=ServiceErrorCode.WORKER_OUT_OF_MEMORY, detail=OUT_OF_MEMORY)
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         return Cause(
             code=ServiceErrorCode.WORKER_OUTPUT_TOO_LARGE,
-            detail="The job wrote a file larger than the service allows.",
+            detail=FILE_TOO_LARGE,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if room.is_full(error):
         return Cause(code=ServiceErrorCode.STORAGE_FULL, detail="The service is out of disk space.")
     return None
-
-
-OUT_OF_MEMORY: Final = "The job needs more memory than the service allows it."
 
 
 class _Reporter:

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rewriter import Recipe
 from service.errors import Cause
+from service.worker.limits import Limits
 
-ORDER_FILE = "order.json"
-"""Name of the order in the scratch directory."""
 RESULT_DIRECTORY = "result"
 """Where the job's process puts what it made, in the scratch directory."""
 BUNDLE_FILE = "bundle.zip"
@@ -22,19 +21,16 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Limits(_Message):
-    """Resource limits that the job's process sets for itself before it reads any input."""
-
-    cpu_seconds: int | None = None
-    memory_bytes: int | None = None
-    file_bytes: int | None = None
-
-
 class PrepareWork(_Message):
     kind: Literal["prepare"] = "prepare"
     model: Path
     recipe: Recipe = Recipe()
     calibration: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What the job reads; external data lies beside the model."""
+        return [path for path in (self.model.parent, self.calibration) if path is not None]
 
 
 class FinalizeWork(_Message):
@@ -42,6 +38,11 @@ class FinalizeWork(_Message):
     bundle: Path
     checkpoint: Path | None = None
     verify: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What the job reads."""
+        return [path for path in (self.bundle, self.checkpoint, self.verify) if path is not None]
 
 
 Work = Annotated[PrepareWork | FinalizeWork, Field(discriminator="kind")]
@@ -53,6 +54,8 @@ class Order(_Message):
     job: str
     work: Work
     limits: Limits
+    inputs: list[Path] = Field(description="what the process may read")
+    private: Path = Field(description="what it may not, even where it lies in a directory that it may")
     supervisor_pid: int
     report_descriptor: int = Field(description="file descriptor to write reports to")
 

@@ -137,7 +137,7 @@ def why_no_kernel(node: onnx.NodeProto, opsets: Mapping[str, int], dtypes: Mappi
 
 
 def _geometry(node: onnx.NodeProto) -> str | None:
-    """cuda_execution_provider.cc, ConvTransposeNeedFallbackToCPU."""
+    """cuda_execution_provider.cc, ConvTransposeNeedFallbackToCPU; reduction_ops.cc."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "ConvTranspose" and not node.domain:
         pads = attributes.get("pads", [])
@@ -146,6 +146,8 @@ def _geometry(node: onnx.NodeProto) -> str | None:
             return "its padding is asymmetric"
         if attributes.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
             return "its padding is automatic"
+    if node.op_type == "ReduceSum" and list(node.input[1:]) == [""]:
+        return "its axes are an input without a name, where the kernel fails"
     return None
 
 

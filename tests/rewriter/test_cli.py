@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 import rewriter
+from examples.models import model_path
 from rewriter.cli import app
 from tests.rewriter.small_bundles import THIS_CHECKOUT, require_same_parameters
 
@@ -178,3 +180,25 @@ def test_on_a_terminal_finetune_shows_the_newest_step_and_every_evaluation(folde
     assert b"12/12  loss" in shown
     assert b"step  1/12  loss" not in shown  # no line of its own
     assert b"after training" in shown
+
+
+def test_a_crash_of_onnxruntime_is_shown_with_the_python_stack(tmp_path: Path) -> None:
+    """ppocr4-rec wants samples 48 pixels high; with 32 onnxruntime 1.19 divides an integer by zero."""
+    np.savez(tmp_path / "data.npz", x=np.ones((1, 3, 32, 160), np.float32))
+    # On one core, so with one thread: where two crash at once, neither's report is whole.
+    one_core = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    code = f"{one_core}; from rewriter.cli import app; app()"
+    arguments = ["prepare", str(model_path("ppocr4-rec")), "-o", "bundle", "--calibration", "data.npz"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, **THIS_CHECKOUT},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGFPE
+    assert "Floating point exception" in ended.stderr
+    assert "rewriter/calibration" in ended.stderr
+    assert not (tmp_path / "bundle").exists()

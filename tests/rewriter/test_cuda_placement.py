@@ -132,6 +132,8 @@ def placed(text: str, opset: int = 18) -> Placement:
         (18, "int32[2] y) { y = Clip(i) }", "is int32"),
         (18, "float[2] y) { y = ConvTranspose<pads=[1,0,1,0]>(x, x) }", None),
         (18, "float[2] y) { y = ConvTranspose<pads=[1,0,0,0]>(x, x) }", "asymmetric"),
+        (18, "float[1] y) { y = ReduceSum(x) }", None),
+        (18, 'float[1] y) { y = ReduceSum(x, "") }', "without a name"),
     ],
 )
 def test_a_kernel_is_for_versions_types_and_forms(opset: int, text: str, reason: str | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +97,18 @@ def test_the_only_node_of_an_operator_that_is_refused_is_named(tmp_path: Path) -
     assert caught.value.node == "enlarge"
     assert "\n" not in str(caught.value)
     assert "onnxruntime_src" not in caught.value.message
+
+
+def test_a_process_bound_to_one_core_gets_no_further_thread() -> None:
+    code = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from rewriter import inference
+before = set(os.listdir("/proc/self/task"))
+session = inference.open_session(bytes.fromhex(sys.argv[1]))
+print(len(set(os.listdir("/proc/self/task")) - before))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, RESHAPE.hex()], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "0\n"

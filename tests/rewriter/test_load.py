@@ -192,7 +192,8 @@ def test_a_shape_that_promises_terabytes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limits", [{"file_bytes": 10}, {"weight_bytes": 23}, {"nodes": 0}, {"tensors": 0}, {"rank": 1}]
+    "limits",
+    [{"file_bytes": 10}, {"weight_bytes": 23}, {"messages": 9}, {"nodes": 0}, {"tensors": 0}, {"rank": 1}],
 )
 def test_limits(tmp_path, limits):
     assert refusal(write(tmp_path, linear_model()), **limits).code == ErrorCode.MODEL_TOO_LARGE

@@ -139,9 +139,9 @@ def test_tensors_on_the_grid_are_not_saturated_again(form: Saturation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "spelled_out"), [(None, False), (0, False), (1, False), (2, True), (-1, True)]
+    ("axis", "spelled_out"), [(None, False), (0, True), (1, True), (2, True), (-1, True)]
 )
-def test_for_training_the_last_axis_is_spelled_out(axis: int | None, spelled_out: bool) -> None:
+def test_for_training_per_channel_quantizers_are_spelled_out(axis: int | None, spelled_out: bool) -> None:
     shape = () if axis is None else ((3, 4, 5)[axis],)
     case = Case(IntegerRange(-127, 127), np.full(shape, 0.1, np.float32), np.zeros(shape, np.int8), axis)
     for for_training in (True, False):

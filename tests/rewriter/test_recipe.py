@@ -1,5 +1,7 @@
 """The recipe: defaults are the contract's, and everything else is refused by name."""
 
+import json
+
 import pytest
 
 from rewriter.errors import ErrorCode, QatError
@@ -56,6 +58,28 @@ def test_a_wrong_field_is_named(fields, field):
         assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"scope": "a\0b"}, "scope"),
+        ({"frozen": ["a", "b\n"]}, "frozen.1"),
+        ({"overrides": [{"match": "\x7f"}]}, "overrides.0.match"),
+        ({"loss": {"output": "\x1b[2J"}}, "loss.output"),
+    ],
+)
+def test_names_have_no_control_characters(fields, field):
+    for settings in (fields, json.dumps(fields)):
+        with pytest.raises(QatError, match="control characters") as caught:
+            Recipe.parse(settings)
+        assert (caught.value.code, caught.value.field) == (ErrorCode.RECIPE_INVALID, field)
+    assert Recipe.parse({"scope": "日本 語/ß:0"}).scope == "日本 語/ß:0"
+
+
+def test_what_is_wrong_is_said_without_the_words_of_the_parser():
+    with pytest.raises(QatError, match=r"^The recipe is not valid: freeze_bn_delay must"):
+        Recipe.parse({"quant_delay": 10, "freeze_bn_delay": 5})
+
+
 @pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"weight_bits": NaN}'])
 def test_text_that_is_not_a_json_object_is_refused(text):
     with pytest.raises(QatError) as caught:
@@ -107,3 +131,33 @@ def test_a_wrong_loss_is_named_without_the_forms_it_could_have(loss, field):
     with pytest.raises(QatError) as caught:
         Recipe.parse({"loss": loss})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"scope": "x" * 1025}, "scope"),
+        ({"frozen": ["x" * 1025]}, "frozen.0"),
+        ({"frozen": ["x"] * 1025}, "frozen"),
+        ({"overrides": [{"match": "x" * 1025}]}, "overrides.0.match"),
+        ({"overrides": [{"match": "x"}] * 1025}, "overrides"),
+        ({"loss": {"output": "x" * 1025}}, "loss.output"),
+        ({"frozen": ["x" * 1000] * 70}, "frozen"),
+        ({"overrides": [{"match": "\u00e9" * 1000}] * 40, "frozen": ["encoder"]}, "overrides"),
+    ],
+)
+def test_a_recipe_has_a_largest_size(fields, field):
+    with pytest.raises(QatError) as caught:
+        Recipe.parse(fields)
+    assert (caught.value.code, caught.value.field) == (ErrorCode.RECIPE_INVALID, field)
+
+
+def test_a_recipe_takes_hundreds_of_long_names():
+    frozen = [f"encoder/layer_{number}/attention/self/query/MatMul" for number in range(1000)]
+    overrides = [{"match": f"/model/block.{number}/conv", "weight_bits": 4} for number in range(40)]
+    assert len(Recipe.parse({"frozen": frozen, "overrides": overrides}).frozen) == 1000
+
+
+def test_a_recipe_made_in_python_has_the_same_largest_size():
+    with pytest.raises(ValueError, match="frozen makes it larger than 65536 bytes"):
+        Recipe(frozen=("x" * 1000,) * 70)

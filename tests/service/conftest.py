@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from service_helpers import FAKE_WORKER, Server
+from service_helpers import FAKE_WORKER, Server, assert_documented
 
 from service.app import create_app
 from service.settings import Settings
@@ -27,7 +27,11 @@ def start_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 
         def start(**settings: Any) -> TestClient:
             app = create_app(Settings(data_dir=tmp_path / "data", log_level="warning", **settings))
-            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            client = stack.enter_context(
+                TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+            )
+            client.event_hooks = {"response": [assert_documented]}
+            return client
 
         yield start
 
@@ -43,8 +47,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts the service in a process of its own."""
     servers: list[Server] = []
 
-    def start(**environment: str) -> Server:
-        servers.append(Server(tmp_path / "data", **environment))
+    def start(log: Path | None = None, **environment: str) -> Server:
+        servers.append(Server(tmp_path / "data", log, **environment))
         return servers[-1]
 
     yield start

@@ -5,18 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import uvicorn
-
-from service.app import create_app
+from service.server import serve
 from service.settings import Settings
 from service.worker import process
 
 if __name__ == "__main__":
     process.COMMAND = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-    uvicorn.run(
-        create_app(Settings(data_dir=Path(sys.argv[1]))),
-        port=int(sys.argv[2]),
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=1,
-    )
+    serve(Settings(data_dir=Path(sys.argv[1])), port=int(sys.argv[2]))

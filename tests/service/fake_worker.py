@@ -5,7 +5,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Like the real one: before anything starts a thread. Not so in the tests of what else holds.
+    import sys
+    from pathlib import Path
+
+    from service.worker import confinement
+
+    if "--unconfined" not in sys.argv:
+        confinement.enter(Path(sys.argv[-1]))
+
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -24,7 +35,10 @@ Script = dict[str, Any]
 
 
 def prepare(work: PrepareWork, result: Path, progress: Progress) -> None:
-    script = json.loads(work.model.read_text())
+    script = {
+        **json.loads(work.model.read_text()),
+        "inputs": {"model": work.model, "calibration": work.calibration},
+    }
     # The stage tells the test which process to look for.
     progress(f"pid {os.getpid()}", 0.5)
     time.sleep(script.get("seconds", 0))
@@ -98,6 +112,10 @@ def _write_large(script: Script, files: Path) -> None:
         file.truncate(script["bytes"])
 
 
+def _fill(script: Script, files: Path) -> None:
+    (files / "filling").write_bytes(bytes(script["bytes"]))
+
+
 def _write_outside(script: Script, files: Path) -> None:
     Path(script["path"]).write_text("outside")
 
@@ -110,6 +128,18 @@ def _spawn(script: Script, files: Path) -> None:
     """Leave a process behind in the group and say which."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (files / "pid").write_text(str(process.pid))
+
+
+def _try(script: Script, files: Path) -> None:
+    """Run pieces of Python code, as a model that took over the process could, and say how each ended."""
+    outcomes = {}
+    for name, code in script["codes"].items():
+        try:
+            exec(code, {"files": files, **script["inputs"]})
+            outcomes[name] = "done"
+        except OSError as error:
+            outcomes[name] = errno.errorcode[error.errno or 0]
+    (files / "outcomes.json").write_text(json.dumps(outcomes))
 
 
 def _babble(script: Script, files: Path) -> None:
@@ -148,9 +178,11 @@ _ACTS: dict[str, Callable[[Script, Path], None]] = {
     "allocate": _allocate,
     "burn": _burn,
     "write_large": _write_large,
+    "fill": _fill,
     "write_outside": _write_outside,
     "link": _link,
     "spawn": _spawn,
+    "try": _try,
     "babble": _babble,
     "flood": _flood,
     "hang_up": _hang_up,
@@ -159,4 +191,4 @@ _ACTS: dict[str, Callable[[Script, Path], None]] = {
 if __name__ == "__main__":
     child.WORK["prepare"] = prepare
     child.WORK["finalize"] = finalize
-    sys.exit(child.main(Path(sys.argv[1])))
+    sys.exit(child.main(Path(sys.argv[-1])))

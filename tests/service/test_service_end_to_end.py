@@ -19,37 +19,67 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from deployments import DEPLOYMENTS
 from service_helpers import Script, wait_for
 
 from examples.models import model_path
 from rewriter import finetune
 
 
+@contextlib.contextmanager
+def command(*arguments: str, data: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`onnx-qat ...` in a process of its own."""
+    # Beside this interpreter: the tests may run without an activated environment.
+    path = Path(sys.executable).with_name("onnx-qat")
+    process = subprocess.Popen(
+        [path, *arguments, "--data-dir", data],
+        env={**os.environ, "ONNX_QAT_LOG_LEVEL": "warning", **environment},
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        assert process.wait(60) in (0, -15)
+
+
+@pytest.fixture(scope="module", params=list(DEPLOYMENTS))
+def deployed(request: pytest.FixtureRequest) -> str:
+    """In which of the ways."""
+    way: str = request.param
+    return way
+
+
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of `onnx-qat serve`."""
+def directory(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of a deployment have their data directories."""
+    return tmp_path_factory.mktemp(f"service_{deployed}")
+
+
+@pytest.fixture(scope="module")
+def client(deployed: str, directory: Path) -> Iterator[httpx.Client]:
+    """A client of `onnx-qat serve`, deployed in one of the ways."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    data = tmp_path_factory.mktemp("service")
-    # Beside this interpreter: the tests may run without an activated environment.
-    command = Path(sys.executable).with_name("onnx-qat")
-    process = subprocess.Popen(
-        [command, "serve", "--port", port, "--data-dir", data / "data"],
-        env={**os.environ, "ONNX_QAT_LOG_LEVEL": "warning"},
-    )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            deadline = time.monotonic() + 60
+    with DEPLOYMENTS[deployed]() as deployment, contextlib.ExitStack() as stack:
+        environment = deployment.environment
+        process = stack.enter_context(
+            command("serve", "--port", port, data=directory / "data", environment=environment)
+        )
+        if deployment.has_workers:
+            stack.enter_context(command("worker", data=directory / "worker", environment=environment))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline and process.poll() is None:
                 with contextlib.suppress(httpx.TransportError):
                     if client.get("/health/ready").is_success:
                         break
                 time.sleep(0.1)
             yield client
-    finally:
-        process.terminate()
-        assert process.wait(30) in (0, -15)
+
+
+# The library's own failures are the same wherever its process was started from.
+only_embedded = pytest.mark.parametrize("deployed", ["embedded"], indirect=True)
 
 
 def npz(**arrays: np.ndarray) -> bytes:
@@ -138,6 +168,7 @@ def no_float_weights() -> bytes:
     return model
 
 
+@only_embedded
 @pytest.mark.parametrize(
     ("model", "code"),
     [
@@ -156,6 +187,7 @@ def test_a_model_that_cannot_be_processed_fails_with_its_code(client: httpx.Clie
     assert job["files"] == []
 
 
+@only_embedded
 @pytest.mark.parametrize(
     ("data", "code"),
     [
@@ -172,6 +204,7 @@ def test_calibration_data_that_does_not_fit_fails_with_its_code(
     assert (job["state"], job["failure"]["code"]) == ("failed", code), job["failure"]
 
 
+@only_embedded
 def test_the_same_inputs_give_the_same_bundle(client: httpx.Client) -> None:
     """The same model under another id (a file beside it that it does not use) is another job."""
     name, values = samples(4)
@@ -185,12 +218,11 @@ def test_the_same_inputs_give_the_same_bundle(client: httpx.Client) -> None:
     assert json.dumps(jobs[0]["files"]) == json.dumps(jobs[1]["files"])
 
 
-def test_nothing_half_written_is_left(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> None:
-    data = tmp_path_factory.getbasetemp()
+def test_nothing_half_written_is_left(client: httpx.Client, directory: Path) -> None:
     left = [
         os.path.join(root, name)
-        for root, folders, files in os.walk(data)
-        if os.path.basename(root) in ("scratch", "staging")
+        for root, folders, files in os.walk(directory)
+        if os.path.basename(root) in ("scratch", "staging", "inputs")
         for name in folders + files
     ]
     assert left == []

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 from typing import Any
 
@@ -116,10 +117,66 @@ def test_a_download_can_be_resumed_and_revalidated(client: TestClient) -> None:
         assert (changed.status_code, changed.content) == (200, whole.content)
         same = client.get(url, headers={"if-none-match": f'"x", {etag}'})
         assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", etag)
-        for bad in ("bytes=100000-", "bytes=x"):
+        for bad in ("bytes=100000-", f"bytes={10**30}-", "bytes=-0"):
             answer = client.get(url, headers={"range": bad})
             assert_problem(answer, 416, "range_invalid")
             assert answer.headers["content-range"] == f"bytes */{len(whole.content)}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "content"),
+    [
+        # RFC 9110: a unit that is not known is ignored (14.2), and units are case-insensitive (14.1).
+        ({"range": "items=0-5"}, 200, "0123456789"),
+        ({"range": "nonsense"}, 200, "0123456789"),
+        # As is what is no range (14.1.1, 14.2); one that the file has not is an error (15.5.17).
+        ({"range": "bytes=abc"}, 200, "0123456789"),
+        ({"range": "bytes=-"}, 200, "0123456789"),
+        ({"range": "bytes=5-2"}, 200, "0123456789"),
+        ({"range": "BYTES=2-5"}, 206, "2345"),
+        ({"range": "Bytes=-3"}, 206, "789"),
+        # 13.2.2: If-Match comes before all else; it compares strongly (13.1.1), If-None-Match weakly.
+        ({"if-match": "ETAG"}, 200, "0123456789"),
+        ({"if-match": '"other", ETAG'}, 200, "0123456789"),
+        ({"if-match": "*", "range": "bytes=0-1"}, 206, "01"),
+        ({"if-match": '"other"'}, 412, None),
+        ({"if-match": "W/ETAG"}, 412, None),
+        ({"if-match": '"other"', "if-none-match": "ETAG"}, 412, None),
+        ({"if-match": "ETAG", "if-none-match": "W/ETAG"}, 304, ""),
+    ],
+)
+def test_a_download_is_conditional_and_in_ranges_as_the_rfc_says(
+    client: TestClient, headers: dict[str, str], status: int, content: str | None
+) -> None:
+    job = submit(client, {"files": {"a": "0123456789"}})
+    wait_for(client, job)
+    etag = f'"{hashlib.sha256(b"0123456789").hexdigest()}"'
+    headers = {name: value.replace("ETAG", etag) for name, value in headers.items()}
+    answer = client.get(f"/v1/jobs/{job}/files/a", headers=headers)
+    if content is None:
+        assert assert_problem(answer, status, "precondition_failed")["field"] == "If-Match"
+    else:
+        assert (answer.status_code, answer.text) == (status, content)
+
+
+def test_head_is_get_without_the_content(start_server) -> None:
+    server: Server = start_server()
+    with httpx.Client(base_url=server.url) as client:
+        job = submit(client, {"files": {"a": "0123456789"}})
+        model = wait_for(client, job)["request"]["model"]
+        of_job = ("", "/bundle", "/files/a", "/files/missing")
+        others = ("/v1/jobs", f"/v1/models/{model}", "/v1/tenant", "/health/live", "/", "/page/app.js")
+        for path in (*(f"/v1/jobs/{job}{path}" for path in of_job), *others, f"/jobs/{job}", "/health/ready"):
+            get, head = (
+                client.request(method, path, headers={"X-Request-ID": "r"}) for method in ("GET", "HEAD")
+            )
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            for answer in (head, get):
+                answer.headers.pop("date", None)
+            assert head.headers == get.headers, path
+        # 14.2: ranges are for GET alone.
+        part = client.head(f"/v1/jobs/{job}/files/a", headers={"range": "bytes=0-1"})
+        assert (part.status_code, part.headers["content-length"]) == (200, "10")
 
 
 def test_only_a_succeeded_job_has_files(client: TestClient) -> None:
@@ -177,15 +234,33 @@ def test_an_idempotency_key_stands_for_its_first_request(client: TestClient) -> 
     assert second.status_code == 202
 
 
+def test_there_is_one_idempotency_key(client: TestClient) -> None:
+    request = prepare_request(client, {})
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    job = client.post("/v1/jobs", json=request).json()["id"]
+    for answer in (
+        client.post("/v1/jobs", json=request, headers=headers),
+        client.post("/v1/prepare", files={"model": b"{}"}, headers=headers),
+        client.post(f"/v1/jobs/{job}/retry", headers=headers),
+    ):
+        assert assert_problem(answer, 422, "request_invalid")["field"] == "Idempotency-Key"
+
+
 @pytest.mark.parametrize(
     ("request_body", "status", "code", "field"),
     [
-        ({"kind": "inspect", "model": UNKNOWN_UPLOAD}, 422, "job_kind_unavailable", "kind"),
-        ({"kind": "train"}, 422, "request_invalid", None),
-        ({}, 422, "request_invalid", None),
-        ({"kind": "prepare"}, 422, "request_invalid", "prepare.model"),
-        ({"kind": "prepare", "model": "../x"}, 422, "request_invalid", "prepare.model"),
-        ({"kind": "prepare", "model": UNKNOWN_UPLOAD, "extra": 1}, 422, "request_invalid", "prepare.extra"),
+        ({"kind": "train"}, 422, "request_invalid", "kind"),
+        ({}, 422, "request_invalid", "kind"),
+        ({"kind": "prepare"}, 422, "request_invalid", "model"),
+        ({"kind": "prepare", "model": "../x"}, 422, "request_invalid", "model"),
+        ({"kind": "prepare", "model": UNKNOWN_UPLOAD, "extra": 1}, 422, "request_invalid", "extra"),
+        (
+            {"kind": "prepare", "model": UNKNOWN_UPLOAD, "webhook": {"url": 1}},
+            422,
+            "request_invalid",
+            "webhook.url",
+        ),
+        ({"kind": "finalize", "prepare_job": "x"}, 422, "request_invalid", "prepare_job"),
         ({"kind": "prepare", "model": UNKNOWN_UPLOAD}, 404, "model_not_found", None),
         ({"kind": "finalize", "prepare_job": UNKNOWN_JOB}, 404, "job_not_found", None),
     ],
@@ -217,6 +292,13 @@ def test_a_wrong_recipe_is_refused_at_once_with_the_codes_of_the_library(
         answer = client.post("/v1/prepare", files={"model": b"{}"}, data={"recipe": json.dumps(recipe)})
         assert assert_problem(answer, 422, code)["field"] == field
     assert client.get("/v1/jobs").json()["items"] == []
+
+
+def test_the_kinds_of_jobs_are_said_as_they_are_written(client: TestClient) -> None:
+    for kind in ("train", "inspect"):
+        problem = client.post("/v1/jobs", json={"kind": kind, "model": UNKNOWN_UPLOAD}).json()
+        assert problem["detail"] == "Input should be 'prepare' or 'finalize'."
+    assert client.post("/v1/jobs", json={}).json()["detail"] == "Field required."
 
 
 def test_a_recipe_that_is_not_json_is_refused(client: TestClient) -> None:
@@ -272,7 +354,7 @@ def test_unknown_addresses_and_methods_are_problems_too(client: TestClient) -> N
     assert_problem(client.get("/v1/nothing"), 404, "not_found")
     answer = client.delete("/v1/jobs")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET, POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
 
 
 def test_jobs_are_listed_from_the_newest_in_pages(client: TestClient) -> None:
@@ -289,6 +371,40 @@ def test_jobs_are_listed_from_the_newest_in_pages(client: TestClient) -> None:
     assert client.get("/v1/jobs", params={"state": "failed"}).json() == {"items": [], "next": None}
     for wrong in ({"limit": 0}, {"cursor": 0}, {"cursor": 2**63}, {"state": "x"}):
         assert_problem(client.get("/v1/jobs", params=wrong), 422, "request_invalid")
+
+
+LARGE_RECIPE = {"frozen": ["x" * 1000] * 60}
+
+
+def test_lists_and_events_leave_recipes_out(start_server) -> None:
+    recipe = {"recipe": json.dumps(LARGE_RECIPE)}
+    form = {"model": b'{"do": "fail"}', "calibration": b"samples"}
+    with httpx.Client(base_url=start_server().url) as client:
+        job = client.post("/v1/prepare", files=form, data=recipe).json()
+        failed = wait_for(client, job["id"])
+        assert failed["request"]["recipe"]["frozen"] == LARGE_RECIPE["frozen"]
+        inputs = {name: job["request"][name] for name in ("kind", "model", "calibration")}
+        (listed,) = client.get("/v1/jobs").json()["items"]
+        assert listed == {**failed, "request": inputs}
+        events = events_of(client.get(f"/v1/jobs/{job['id']}/events").text.splitlines())
+        assert events[-1]["request"] == inputs
+
+
+def test_the_memory_of_a_list_does_not_grow_with_the_recipes(client: TestClient) -> None:
+    model = client.post("/v1/models", content=b'{"seconds": 600}').json()["id"]
+    for number in range(50):
+        recipe = {**LARGE_RECIPE, "quant_delay": number}
+        request = {"kind": "prepare", "model": model, "recipe": recipe}
+        assert client.post("/v1/jobs", json=request).status_code == 202
+    jobs = client.app.state.services.jobs  # type: ignore[attr-defined]
+    tracemalloc.start()
+    try:
+        page = jobs.page("default", state=None, cursor=None, limit=200)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(page.items) == 50
+    assert peak < 2 << 20  # the recipes alone are 3 MB
 
 
 def test_cancelling_a_running_job_kills_its_process(client: TestClient, tmp_path) -> None:
@@ -376,7 +492,9 @@ def test_events_follow_a_job_to_its_end(start_server) -> None:
 
 def test_health_says_that_the_service_can_work(client: TestClient, tmp_path) -> None:
     assert client.get("/health/live").json() == {"status": "ok"}
-    assert client.get("/health/ready").json() == {"status": "ok"}
+    ready = client.get("/health/ready")
+    assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+    assert set(ready.json()["isolation"]) == {"writes", "reads", "network", "processes"}
     os.rename(tmp_path / "data/staging", tmp_path / "data/away")
     assert_problem(client.get("/health/ready"), 503, "not_ready")
     assert client.get("/health/live").status_code == 200

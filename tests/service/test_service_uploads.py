@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import io
+import itertools
 import os
+import random
+import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from service_helpers import Server, assert_problem
+
+from service.uploads import intake
 
 SHA = hashlib.sha256
 
 
 def stored_files(data: Path) -> list[str]:
-    return sorted(str(path.relative_to(data)) for path in (data / "uploads").rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(data)) for path in (data / "blobs").rglob("*") if path.is_file())
+
+
+def blob(content: bytes) -> str:
+    digest = SHA(content).hexdigest()
+    return f"blobs/{digest[:2]}/{digest}"
 
 
 @pytest.mark.parametrize(
@@ -40,9 +55,8 @@ def test_a_raw_upload_is_stored_once_under_the_digest_of_its_content(
     again = client.post(f"/v1/{collection}", content=content)
     assert (again.status_code, again.json()) == (200, body)
     assert client.get(first.headers["location"]).json() == body
-    file = tmp_path / "data/uploads" / collection / body["id"] / name
-    assert file.read_bytes() == content
-    assert stored_files(tmp_path / "data") == [f"uploads/{collection}/{body['id']}/{name}"]
+    assert (tmp_path / "data" / blob(content)).read_bytes() == content
+    assert stored_files(tmp_path / "data") == [blob(content)]
 
 
 def test_a_form_with_only_the_file_has_the_same_id_as_the_raw_body(client: TestClient) -> None:
@@ -52,7 +66,7 @@ def test_a_form_with_only_the_file_has_the_same_id_as_the_raw_body(client: TestC
     assert form.json()["id"] == raw.json()["id"]
 
 
-def test_external_data_lies_beside_the_model_under_its_own_name(client: TestClient, tmp_path: Path) -> None:
+def test_external_data_is_listed_under_its_own_name(client: TestClient, tmp_path: Path) -> None:
     weights = bytes(range(256)) * 20_000
     parts = [
         ("external_data", ("weights.bin", weights)),
@@ -62,12 +76,11 @@ def test_external_data_lies_beside_the_model_under_its_own_name(client: TestClie
     answer = client.post("/v1/models", files=parts)
     assert answer.status_code == 201
     identifier = answer.json()["id"]
-    folder = tmp_path / "data/uploads/models" / identifier
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        "model.onnx": b"model",
-        "weights.bin": weights,
-        "größe.data": b"more",
+    contents = {"model.onnx": b"model", "weights.bin": weights, "größe.data": b"more"}
+    assert {file["name"]: file["sha256"] for file in answer.json()["files"]} == {
+        name: SHA(content).hexdigest() for name, content in contents.items()
     }
+    assert stored_files(tmp_path / "data") == sorted(blob(content) for content in contents.values())
     assert client.post("/v1/models", files=parts[::-1]).json()["id"] == identifier
 
 
@@ -148,7 +161,7 @@ def test_an_empty_file_is_refused(client: TestClient) -> None:
 
 
 def test_a_media_type_that_is_no_file_is_refused(client: TestClient) -> None:
-    answer = client.post("/v1/models", content=b"{}", headers={"content-type": "application/json"})
+    answer = client.post("/v1/models", content=b"{}", headers={"content-type": "text/plain"})
     assert_problem(answer, 415, "media_type_unsupported")
 
 
@@ -201,7 +214,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(start_server, tmp_path: Path) 
     staging = tmp_path / "data/staging"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(
-            b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n" + bytes(2 << 20)
+            b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n" + bytes(2 << 20)
         )
         wait_until(lambda: any(path.is_file() for path in staging.rglob("*")))
     wait_until(lambda: not any(staging.iterdir()))
@@ -213,3 +226,82 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_same_bytes_are_stored_once_whatever_they_are_uploaded_as(
+    client: TestClient, tmp_path: Path
+) -> None:
+    for collection in ("models", "datasets", "checkpoints"):
+        assert client.post(f"/v1/{collection}", content=b"same").status_code == 201
+    parts = [("model", b"same"), ("external_data", ("w", b"same"))]
+    assert client.post("/v1/models", files=parts).status_code == 201
+    assert stored_files(tmp_path / "data") == [blob(b"same")]
+
+
+def test_the_memory_of_the_service_does_not_grow_with_an_upload(start_server) -> None:
+    """256 MiB; `benchmarks/upload.py` does it with 4 GiB."""
+    server: Server = start_server()
+    process = Path(f"/proc/{server.process.pid}")
+
+    def peak_mib() -> float:
+        found = re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+        assert found is not None
+        return int(found[1]) / 1024
+
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        assert client.post("/v1/models", content=b"warm").status_code == 201
+        (process / "clear_refs").write_text("5")  # the peak so far is forgotten
+        before = peak_mib()
+        answer = client.post("/v1/models", content=itertools.repeat(os.urandom(1 << 20), 256))
+        assert (answer.status_code, answer.json()["bytes"]) == (201, 256 << 20)
+        assert peak_mib() - before < 64
+    shutil.rmtree(server.data / "blobs")  # pytest keeps the rest for a while
+
+
+def test_a_large_file_is_on_disk_as_it_was_sent(start_server) -> None:
+    """Most of it is written past the page cache, its end is not."""
+    content = random.Random(0).randbytes((66 << 20) + 123)
+    server: Server = start_server()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.post("/v1/models", content=content).status_code == 201
+    assert (server.data / blob(content)).read_bytes() == content
+
+
+class WithoutDirectWrites(io.FileIO):
+    """A file on a file system that has none."""
+
+    refused = 0
+
+    def write(self, data: Any) -> int:
+        if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT:
+            self.refused += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return super().write(data)
+
+
+@pytest.mark.parametrize(("start", "refused"), [(64 << 20, 1), ((64 << 20) + 1, 0), (0, 0)])
+def test_a_block_that_cannot_pass_the_page_cache_by_goes_through_it(
+    start: int, refused: int, tmp_path: Path
+) -> None:
+    block = random.Random(0).randbytes(1 << 20)
+    with WithoutDirectWrites(tmp_path / "file", "wb") as file:
+        file.seek(start)
+        intake._append(file, memoryview(block), (), 0)
+        assert file.refused == refused
+    assert (tmp_path / "file").read_bytes()[start:] == block
+
+
+def test_neither_does_one_on_a_file_system_that_refuses_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int, command: int, flags: int = 0) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return flags
+
+    monkeypatch.setattr(intake.fcntl, "fcntl", refuse)
+    block = random.Random(0).randbytes(1 << 20)
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.seek(64 << 20)
+        intake._append(file, memoryview(block), (), 0)
+    assert (tmp_path / "file").read_bytes()[64 << 20 :] == block

@@ -210,6 +210,7 @@ POOLING = [
 
 NORMALIZATION = [
     Case("LayerNormalization", "LayerNormalization", [normal(2, 3, 4), normal(4), normal(4)], shapes=SHAPES),
+    Case("LayerNormalization_matrix", "LayerNormalization", [normal(3, 4), normal(1, 4), normal(1, 4)]),
     Case("LayerNormalization_no_bias", "LayerNormalization", [normal(2, 3, 4), normal(4)]),
     Case(
         "LayerNormalization_axis_1",

@@ -128,6 +128,46 @@ def test_on_the_cpu_alone_dw_of_a_dense_convolution_is_one_of_dy(form: str, shap
     assert "ConvGrad" in emitted(check(case, shapes))
 
 
+SMALL = {
+    "3x3": ((3, 64, 3, 3), (4, 64, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "one_filter": ((3, 64, 3, 2), (1, 64, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "5x3": ((2, 64, 3, 3), (2, 64, 5, 3), {"pads": [2, 1, 2, 1]}),
+    "3x1": ((2, 64, 3, 3), (2, 64, 3, 1), {"pads": [1, 0, 1, 0]}),
+    "dilated": ((2, 64, 3, 3), (2, 64, 3, 3), {"pads": [2, 2, 2, 2], "dilations": [2, 2]}),
+    "padded_below": ((3, 64, 3, 3), (3, 64, 3, 3), {"pads": [0, 0, 2, 1]}),
+    "padded_above": ((3, 64, 3, 3), (3, 64, 3, 3), {"pads": [2, 1, 0, 0]}),
+    "narrower": ((2, 64, 3, 4), (2, 64, 3, 3), {"pads": [1, 0, 1, 0]}),
+    "wider": ((2, 64, 3, 2), (2, 64, 3, 3), {"pads": [1, 2, 1, 2]}),
+}
+
+
+@pytest.mark.parametrize("shapes", ["static", "batch"])
+@pytest.mark.parametrize("form", SMALL)
+def test_on_the_cpu_alone_dx_of_small_images_is_a_convolution_of_all_samples(form: str, shapes: str) -> None:
+    case = conv(*SMALL[form], differentiated=(0,))
+    assert "ConvGrad" not in emitted(check(case, shapes, device="cpu"))
+    assert "ConvGrad" in emitted(check(case, shapes))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "attributes"),
+    [
+        ((2, 64, 4, 4), (2, 64, 3, 3), {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+        ((2, 64, 4, 4), (2, 64, 3, 3), {}),  # fewer rows than the input has
+        ((2, 128, 3, 3), (4, 64, 3, 3), {"pads": [1, 1, 1, 1], "group": 2}),
+        ((2, 64, 2, 2), (65, 64, 3, 3), {"pads": [1, 1, 1, 1]}),  # more filters than channels
+        ((2, 32, 2, 2), (2, 32, 3, 3), {"pads": [1, 1, 1, 1]}),
+        ((2, 64, 3), (2, 64, 3), {"pads": [1, 1]}),
+    ],
+    ids=["strided", "fewer_rows", "grouped", "many_filters", "few_channels", "one_dimension"],
+)
+def test_other_dx_of_small_images_are_left_to_conv_grad_on_the_cpu(
+    x: tuple[int, ...], w: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    operators = emitted(check(conv(x, w, attributes, differentiated=(0,)), "static", device="cpu"))
+    assert "ConvGrad" in operators
+
+
 @pytest.mark.parametrize(
     ("x", "w", "attributes"),
     [

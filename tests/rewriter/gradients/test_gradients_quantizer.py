@@ -12,6 +12,7 @@ from gradient_check import session
 from rewriter import fake_quantize
 from rewriter.gradients import differentiate, trainability
 from rewriter.quantization import IntegerRange, dequantize, quantize
+from rewriter.recipe import TrainingDevice
 
 TOLERANCE = 1e-4
 
@@ -76,11 +77,12 @@ def gradients(
     wanted: tuple[str, ...] = ("x", "scale"),
     on_grid: bool = False,
     feed_zero_point: bool = False,
+    device: TrainingDevice = "any",
 ) -> tuple[dict[str, np.ndarray], ir.Graph]:
     """The gradients that onnxruntime computes, and the graph they were computed by.
 
     The graph is y = FakeQuantize(x), loss = sum(y * r), with an initializer x or one computed from data; to
-    run it, y is fed, as NumPy computes it.
+    run it, y is fed, and x / scale where it is read, as NumPy computes them.
     """
     data = ir.val("data", ir.DataType.FLOAT, None)
     forward = ir.node("Identity", [data], name="forward")
@@ -109,17 +111,18 @@ def gradients(
         name="g",
     )
     by_name = {"x": x, "scale": scale}
-    found = differentiate(graph, loss, [by_name[name] for name in wanted])
-    y = ir.val("y", ir.DataType.FLOAT, None)
-    node.outputs[0].replace_all_uses_with(y)
+    found = differentiate(graph, loss, [by_name[name] for name in wanted], device=device)
+    for output, name in zip(node.outputs, ("y", "steps"), strict=False):
+        fed = ir.val(name, ir.DataType.FLOAT, None)
+        output.replace_all_uses_with(fed)
+        graph.inputs.append(fed)
     graph.remove(node)
-    graph.inputs.append(y)
     for name in wanted:
         found[by_name[name]].name = f"d{name}"
         graph.outputs.append(found[by_name[name]])
     q = quantize(case.x, case.scale, case.zero_point, case.range, case.axis)
     y_fed = dequantize(q, case.scale, case.zero_point, case.axis)
-    feeds = {"r": case.dy, "y": y_fed, "data": case.x}
+    feeds = {"r": case.dy, "y": y_fed, "steps": case.x / case.scale.reshape(case.along), "data": case.x}
     if feed_zero_point:
         feeds["zero_point"] = case.zero_point
     runner = session(ir.to_proto(ir.Model(graph, ir_version=9)))
@@ -144,11 +147,14 @@ RANGES = {
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, 3, -1])
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_gradients_equal_the_float64_reference(bits: int, kind: str, axis: int | None) -> None:
+@pytest.mark.parametrize("device", ["any", "cpu"])
+def test_gradients_equal_the_float64_reference(
+    bits: int, kind: str, axis: int | None, device: TrainingDevice
+) -> None:
     case = quantized((8, 6, 5, 7), RANGES[kind](bits), axis=axis, seed=bits)
     dx, ds = case.reference(per_sample=kind != "weight")
     assert 0 < np.count_nonzero(dx) < dx.size
-    result, _ = gradients(case, weight=kind == "weight")
+    result, _ = gradients(case, weight=kind == "weight", device=device)
     assert_close(result["x"], dx)
     assert_close(result["scale"], ds)
 
@@ -193,9 +199,10 @@ def test_zero_point_may_be_fed(axis: int | None) -> None:
     assert_close(result["scale"], ds)
 
 
-def test_large_activation_keeps_the_accuracy() -> None:
+@pytest.mark.parametrize("device", ["any", "cpu"])
+def test_large_activation_keeps_the_accuracy(device: TrainingDevice) -> None:
     case = quantized((16, 32, 28, 28), RANGES["asymmetric"](8))
-    result, _ = gradients(case, weight=False)
+    result, _ = gradients(case, weight=False, device=device)
     assert_close(result["scale"], case.reference(per_sample=True)[1])
 
 
@@ -204,10 +211,26 @@ def test_only_what_is_wanted_is_computed() -> None:
     dx, ds = case.reference(per_sample=True)
     only_x, graph = gradients(case, weight=False, wanted=("x",))
     assert_close(only_x["x"], dx)
-    assert "Sub" not in {node.op_type for node in graph}
+    operators = [node.op_type for node in graph]
+    assert operators.count("FakeQuantGrad") == 1
+    assert not {"Sub", "FusedMatMul"} & set(operators)
     only_scale, graph = gradients(case, weight=False, wanted=("scale",))
     assert_close(only_scale["scale"], ds)
-    assert sum(node.op_type == "FakeQuantGrad" for node in graph) == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_range_of_a_weight_ends_where_its_integers_do(bits: int, axis: int) -> None:
+    """To one float32; the end itself rounds to the even integer, which is outside."""
+    range_ = IntegerRange.for_weights(bits)
+    end = np.float32(range_.qmax + 0.5)
+    below, above = (np.nextafter(end, np.float32(limit)) for limit in (0, np.inf))
+    x = np.array([[below, end], [above, -below], [-end, -above], [0, 1e30]], np.float32)
+    channels = x.shape[axis]
+    ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.int8)
+    case = Quantized(x, ones, zeros, range_, axis, np.ones_like(x))
+    result, _ = gradients(case, weight=True)
+    np.testing.assert_array_equal(result["x"], [[1, 0], [0, 1], [0, 0], [1, 0]])
 
 
 def test_on_grid_quantizer_passes_the_gradient_and_has_none_for_its_scale() -> None:
@@ -250,7 +273,10 @@ def test_a_rounded_bias_passes_the_gradient_and_has_none_for_its_scales() -> Non
 
 @pytest.mark.parametrize("also_in_float", [False, True], ids=["alone", "with_a_float_consumer"])
 @pytest.mark.parametrize("zero_point", [0, 100])
-def test_quantizer_behind_relu_and_the_relu_share_a_mask(zero_point: int, also_in_float: bool) -> None:
+@pytest.mark.parametrize("device", ["any", "cpu"])
+def test_quantizer_behind_relu_and_the_relu_share_a_mask(
+    zero_point: int, also_in_float: bool, device: TrainingDevice
+) -> None:
     rng = np.random.default_rng(0)
     shape = (4, 3, 5, 6)
     data, r = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
@@ -283,7 +309,7 @@ def test_quantizer_behind_relu_and_the_relu_share_a_mask(zero_point: int, also_i
         opset_imports={"": 18, "qat": 1},
         name="g",
     )
-    found = differentiate(graph, loss, [values["parameter"], s])
+    found = differentiate(graph, loss, [values["parameter"], s], device=device)
     fed = ir.val("y", ir.DataType.FLOAT, shape)
     node.outputs[0].replace_all_uses_with(fed)
     graph.remove(node)
@@ -293,5 +319,5 @@ def test_quantizer_behind_relu_and_the_relu_share_a_mask(zero_point: int, also_i
     dparameter, dscale = session(ir.to_proto(ir.Model(graph, ir_version=9))).run(None, feeds)
     assert_close(dparameter, np.where(data > 0, dx + also_in_float, 0))
     assert_close(dscale, ds)
-    masked = sum(node.op_type == "FakeQuantGrad" for node in graph)
-    assert masked == 1 + also_in_float
+    masks = sum(node.op_type == ("HardSigmoid" if device == "cpu" else "FakeQuantGrad") for node in graph)
+    assert masks == 1 + also_in_float, "the Relu masks only what reaches it past the quantizer"

@@ -145,7 +145,7 @@ def require_invariants_after_insertion(model: ir.Model, plan: Plan) -> None:
         ("light-densenet121", {"Conv": 121, "AveragePool": 3, "GlobalAveragePool": 1}),
         ("light-shufflenet", {"Conv": 49, "Gemm": 1, "Add": 13, "AveragePool": 4}),
         ("light-squeezenet", {"Conv": 26, "GlobalAveragePool": 1}),
-        ("minilm-l3", {"MatMul": 24, "Add": 8}),
+        ("minilm-l3", {"MatMul": 24}),
         ("qonnx-resblock", {"Conv": 3, "Add": 1}),
     ],
 )

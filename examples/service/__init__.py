@@ -1,0 +1,1 @@
+"""The service from other programs: curl, the Python client, MLflow, GitHub Actions."""
