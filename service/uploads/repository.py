@@ -52,17 +52,28 @@ def lock_blob(session: Session, file: StoredFile) -> None:
         session.flush()
 
 
-def lock_unreferenced_blob(session: Session, before: datetime.datetime) -> BlobRow | None:
-    """Some content that no upload has any more and that was first stored before that time."""
+def lock_unreferenced_blob(session: Session, before: datetime.datetime, after: str) -> BlobRow | None:
+    """The next content behind that digest that no upload had when the query began, and that is older.
+
+    By the time the row is locked an upload may have it (`is_blob_referenced`): PostgreSQL reads everything
+    as it was when the query began, and a row that was only locked meanwhile counts as unchanged.
+    """
     return session.scalar(
         select(BlobRow)
         .where(
             BlobRow.created_at < before,
+            BlobRow.sha256 > after,
             ~exists().where(UploadBlobRow.sha256 == BlobRow.sha256),
         )
+        .order_by(BlobRow.sha256)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
+
+
+def is_blob_referenced(session: Session, blob: BlobRow) -> bool:
+    """Whether an upload has this content; while its row is locked, none comes to have it."""
+    return session.scalar(select(exists().where(UploadBlobRow.sha256 == blob.sha256))) or False
 
 
 def stored_bytes(session: Session) -> int:

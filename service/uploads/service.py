@@ -155,11 +155,15 @@ class UploadService:
         content belong to somebody; one that comes second finds that it is gone and stores it again.
         """
         freed = 0
+        last = ""
         while True:
             with self._database.writing() as session:
-                blob = repository.lock_unreferenced_blob(session, now() - older_than)
+                blob = repository.lock_unreferenced_blob(session, now() - older_than, last)
                 if blob is None:
                     return freed
+                last = blob.sha256
+                if repository.is_blob_referenced(session, blob):
+                    continue
                 # The row last: should this fail half-way, the next call does it again.
                 self._store.delete(blob_key(blob.sha256))
                 freed += blob.bytes

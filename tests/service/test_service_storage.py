@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from fastapi.testclient import TestClient
 from servers import S3_CREDENTIALS, postgresql_database, s3_bucket, s3_client
 from service_helpers import assert_problem, submit, wait_for
+from sqlalchemy import Engine, event, text
 
 from service.services import Services
 from service.settings import Settings
@@ -405,6 +407,38 @@ def test_uploads_and_removals_of_the_same_content_leave_every_upload_whole(servi
     stop.set()
     remover.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("services", ["postgresql"], indirect=True)
+def test_content_that_is_uploaded_while_it_is_searched_for_stays(services: Services) -> None:
+    """The search has begun, and so sees no upload of it; the upload is committed before the row is locked."""
+    identifier = store_model(services, "default", b"contested")
+    remove_upload(services, "default", identifier)
+
+    def hold(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        if "FROM blobs" in statement and "SKIP LOCKED" in statement:
+            assert "ORDER BY" in statement
+            statement = statement.replace("ORDER BY", "AND pg_advisory_xact_lock(1)::text = '' ORDER BY")
+        return statement, parameters
+
+    waits = text(
+        "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database "
+        "WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
+    )
+    event.listen(Engine, "before_cursor_execute", hold, retval=True)
+    try:
+        with services.database.reading() as session, ThreadPoolExecutor() as pool:
+            session.execute(text("SELECT pg_advisory_lock(1)"))
+            removal = pool.submit(services.uploads.remove_unreferenced, NOW)
+            while not session.scalar(waits):
+                assert not removal.done()
+            assert store_model(services, "other", b"contested") == identifier
+            session.execute(text("SELECT pg_advisory_unlock(1)"))
+            assert removal.result(30) == 0
+    finally:
+        event.remove(Engine, "before_cursor_execute", hold)
+    assert services.store.exists(blob_key(identifier))
+    assert services.uploads.get("other", UploadKind.MODEL, identifier).bytes == len(b"contested")
 
 
 # The data directory.
