@@ -20,13 +20,14 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from service import migrations
 
 # How often a change is tried that collides with one of another process.
 _WRITE_ATTEMPTS: Final = 5
+_DEADLOCK_DETECTED: Final = "40P01"  # PostgreSQL's manual, appendix A
 # Taken by the replica that migrates a PostgreSQL database; any number that nobody else uses.
 _MIGRATION_LOCK: Final = 0x6F6E_6E78_7161
 
@@ -94,10 +95,11 @@ class Database:
             yield session
 
     def write(self, change: Callable[[Session], T]) -> T:
-        """Call `change` in a transaction, again when another process has just inserted the same thing.
+        """Call `change` in a transaction, again when it collides with one of another process.
 
         SQLite lets one writer in at a time; PostgreSQL lets two look and find nothing, and then refuses
-        the second insertion. The next call finds what the other one inserted.
+        the second insertion. The next call finds what the other one inserted. Of transactions that wait
+        for each other PostgreSQL ends one, whose changes are none; the next call is not in the way.
         """
         for _ in range(_WRITE_ATTEMPTS - 1):
             try:
@@ -105,6 +107,9 @@ class Database:
                     return change(session)
             except IntegrityError:
                 continue
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != _DEADLOCK_DETECTED:
+                    raise
         with self.writing() as session:
             return change(session)
 

@@ -27,7 +27,10 @@ def get(session: Session, job_id: str) -> JobRow | None:
 def lock(session: Session, tenant: str, job_id: str) -> JobRow | None:
     """A job that stays as it is until the transaction ends."""
     return session.scalar(
-        select(JobRow).where(JobRow.id == job_id, JobRow.tenant == tenant).with_for_update(key_share=True)
+        select(JobRow)
+        .where(JobRow.id == job_id, JobRow.tenant == tenant)
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
     )
 
 

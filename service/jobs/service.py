@@ -266,16 +266,12 @@ class JobService:
     def _hold_inputs(self, session: Session, tenant: str, request: PrepareRequest | FinalizeRequest) -> None:
         """See to it that the inputs are there, and are not removed before the job is in the database."""
         if isinstance(request, FinalizeRequest):
-            prepared = _found(repository.lock(session, tenant, request.prepare_job))
-            _require_success(prepared.state)
-            if prepared.kind != JobKind.PREPARE:
-                raise ServiceError(
-                    ServiceErrorCode.REQUEST_INVALID,
-                    "The job to finalize is not a prepare job.",
-                    field="prepare_job",
-                )
+            _require_prepared(repository.find(session, tenant, request.prepare_job))
         for kind, identifier in _uploads_of(request):
             self._uploads.hold(session, tenant, kind, identifier)
+        if isinstance(request, FinalizeRequest):
+            # Jobs are locked after uploads, here and in `_queue`: no two transactions wait for each other.
+            _require_prepared(repository.lock(session, tenant, request.prepare_job))
 
 
 def _inputs_of(request: PrepareRequest | FinalizeRequest) -> dict[str, str]:
@@ -291,6 +287,17 @@ def _uploads_of(request: PrepareRequest | FinalizeRequest) -> list[tuple[UploadK
         else {UploadKind.CHECKPOINT: request.checkpoint, UploadKind.DATASET: request.verify}
     )
     return [(kind, identifier) for kind, identifier in inputs.items() if identifier is not None]
+
+
+def _require_prepared(row: JobRow | None) -> None:
+    prepared = _found(row)
+    _require_success(prepared.state)
+    if prepared.kind != JobKind.PREPARE:
+        raise ServiceError(
+            ServiceErrorCode.REQUEST_INVALID,
+            "The job to finalize is not a prepare job.",
+            field="prepare_job",
+        )
 
 
 def _require_success(state: str) -> None:

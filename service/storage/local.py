@@ -15,6 +15,8 @@ from typing import Final
 from service.storage.store import StoreUnavailableError, blob_key
 
 _CHUNK: Final = 1 << 18
+# How often a file is put whose directory somebody else removes as empty in between (`delete_all`).
+_PUT_ATTEMPTS: Final = 5
 # No hard link here (another file system, a limit of it): copy.
 _NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
@@ -27,12 +29,19 @@ class LocalStore:
 
     def put(self, key: str, file: Path) -> None:
         target = self._root / key
-        self._make_directory(target.parent)
         file.chmod(0o444)
         _sync(file)
-        with contextlib.suppress(FileExistsError):
-            _link_or_copy(file, target)
-        _sync(target.parent)
+        for left in reversed(range(_PUT_ATTEMPTS)):
+            try:
+                self._make_directory(target.parent)
+                with contextlib.suppress(FileExistsError):
+                    _link_or_copy(file, target)
+                _sync(target.parent)
+            except FileNotFoundError:
+                if not left:
+                    raise
+            else:
+                return
 
     def exists(self, key: str) -> bool:
         return (self._root / key).is_file()
@@ -61,9 +70,11 @@ class LocalStore:
     def delete_all(self, prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._root / prefix)
-        # The directory of a job goes with its last attempt.
-        with contextlib.suppress(OSError):
-            (self._root / prefix).parent.rmdir()
+        # The directory of a job goes with its last attempt; what everything is in stays.
+        parent = Path(prefix).parent
+        if len(parent.parts) > 1:
+            with contextlib.suppress(OSError):
+                (self._root / parent).rmdir()
 
     def check(self) -> None:
         if not os.access(self._root, os.W_OK):

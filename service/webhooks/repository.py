@@ -36,8 +36,9 @@ def deliveries(session: Session, job_id: str) -> Sequence[WebhookDeliveryRow]:
     ).all()
 
 
-def delivery(session: Session, job_id: str, delivery_id: str) -> WebhookDeliveryRow | None:
-    row = session.get(WebhookDeliveryRow, delivery_id)
+def lock_delivery(session: Session, job_id: str, delivery_id: str) -> WebhookDeliveryRow | None:
+    """A delivery as it is now; no attempt at it is noted before the transaction ends."""
+    row = session.get(WebhookDeliveryRow, delivery_id, with_for_update=True)
     return row if row is not None and row.job == job_id else None
 
 

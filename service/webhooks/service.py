@@ -101,7 +101,7 @@ class WebhookService:
         """
         with self._database.writing() as session:
             _require_job(session, tenant, job_id)
-            row = repository.delivery(session, job_id, delivery_id)
+            row = repository.lock_delivery(session, job_id, delivery_id)
             if row is None:
                 raise ServiceError(
                     ServiceErrorCode.DELIVERY_NOT_FOUND, "The job has no delivery with this id."

@@ -58,6 +58,19 @@ def postgresql_database() -> Iterator[str]:
             server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
+def wait_until_one_waits_for_a_lock(database_url: str) -> None:
+    """Wait until a statement in the database waits for a lock that another transaction has."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 60
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        while connection.execute(query).fetchone() == (0,):
+            assert time.monotonic() < deadline, "no statement waits"
+            time.sleep(0.01)
+
+
 @contextmanager
 def s3_bucket() -> Iterator[dict[str, str]]:
     """Settings for a new, empty bucket with a prefix, on an S3 server of its own (moto's)."""

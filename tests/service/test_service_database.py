@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -17,8 +20,9 @@ from alembic.migration import MigrationContext
 from fastapi.testclient import TestClient
 from servers import POSTGRESQL, postgresql_database
 from service_helpers import assert_problem, wait_for
-from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy import Engine, create_engine, event, inspect, select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 import service.webhooks.models
@@ -28,12 +32,13 @@ from service.cli import app as command_line
 from service.database import Base, Database
 from service.errors import ServiceError
 from service.jobs.models import JobRow
-from service.jobs.schemas import PrepareRequest
+from service.jobs.schemas import FinalizeRequest, PrepareRequest
 from service.migrations.versions import v0011_inputs
 from service.services import Services
 from service.settings import Settings
 from service.tenants.models import DEFAULT_TENANT, TenantRow
 from service.uploads.kinds import UploadKind
+from service.uploads.models import UploadRow
 from service.uploads.receiving import Received
 from service.uploads.schemas import StoredFile
 
@@ -305,6 +310,64 @@ def test_the_same_request_at_the_same_time_is_one_job(services: Services) -> Non
         thread.join()
     assert len(ids) == 8
     assert len(set(ids)) == 1
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_uploads_are_locked_before_jobs(services: Services) -> None:
+    """In one order by every submission, so that no two of them wait for each other."""
+    model, checkpoint, data = (store_model(services, "default", content) for content in (b"1", b"2", b"3"))
+    with services.database.writing() as session:
+        # The same content, as if it had been uploaded as these.
+        for kind, identifier in ((UploadKind.CHECKPOINT, checkpoint), (UploadKind.DATASET, data)):
+            row = session.get_one(UploadRow, ("default", UploadKind.MODEL.value, identifier))
+            session.add(UploadRow(tenant="default", kind=kind.value, id=row.id, bytes=1, files=row.files))
+    prepare = PrepareRequest(kind="prepare", model=model, calibration=data)
+    job = services.jobs.submit("default", prepare)
+    services.leases.succeed(services.leases.claim(), [], None)
+    locked: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FOR NO KEY UPDATE" in statement or statement.startswith("UPDATE"):
+            (table,) = re.findall(r"(?:FROM|UPDATE) (\w+)", statement)
+            locked.append(table)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        finalize = FinalizeRequest(kind="finalize", prepare_job=job.id, checkpoint=checkpoint, verify=data)
+        for request in (finalize, finalize, prepare):
+            services.jobs.submit("default", request)
+            assert locked == sorted(locked, key=["uploads", "jobs"].index)
+            assert set(locked) == {"uploads", "jobs"}
+            locked.clear()
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_of_two_changes_that_wait_for_each_other_one_is_made_again(database: Database) -> None:
+    with database.writing() as session:
+        session.add_all([TenantRow(id="a", name="0"), TenantRow(id="b", name="0 ")])
+    both = threading.Barrier(2)
+    calls: list[str] = []
+
+    def change(first: str, second: str) -> None:
+        def add_one(session: Session) -> None:
+            calls.append(first)
+            for number, tenant in enumerate((first, second)):
+                row = session.get_one(TenantRow, tenant, with_for_update=True)
+                row.name = f"{int(row.name) + 1}{' ' * (tenant == 'b')}"
+                session.flush()
+                if number == 0 and len(calls) <= 2:
+                    both.wait(60)
+
+        database.write(add_one)
+
+    with ThreadPoolExecutor() as pool:
+        for change_made in [pool.submit(change, "a", "b"), pool.submit(change, "b", "a")]:
+            change_made.result(120)
+    assert len(calls) == 3
+    with database.reading() as session:
+        assert [session.get_one(TenantRow, tenant).name for tenant in ("a", "b")] == ["2", "2 "]
 
 
 def test_jobs_run_on_postgresql(start_client) -> None:

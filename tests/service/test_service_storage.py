@@ -16,7 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from servers import S3_CREDENTIALS, postgresql_database, s3_bucket, s3_client
+from servers import (
+    S3_CREDENTIALS,
+    postgresql_database,
+    s3_bucket,
+    s3_client,
+    wait_until_one_waits_for_a_lock,
+)
 from service_helpers import assert_problem, submit, wait_for
 from sqlalchemy import Engine, event, text
 
@@ -77,6 +83,34 @@ def test_a_file_is_kept_under_its_key_and_comes_back(store: Store, file: Path, t
     assert (tmp_path / "back").read_bytes() == CONTENT
     assert (tmp_path / "back").stat().st_mode & 0o777 == 0o444
     store.check()
+
+
+@pytest.mark.parametrize("when", ["results/j", "results/j/2"])
+def test_a_file_is_kept_while_another_attempt_is_removed(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The directory of a job goes with its last attempt: perhaps when another one is about to begin."""
+    data = DataDirectory(tmp_path / "data")
+    data.create()
+    store = LocalStore(data.root)
+    store.put("results/j/1/files/a", file)
+    mkdir = Path.mkdir
+    removed: list[str] = []
+
+    def remove_before(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path == data.root / when and not removed:
+            removed.append(when)
+            store.delete_all("results/j/1/")
+            store.delete_all("results/j/")
+        mkdir(path, *args, **kwargs)
+
+    if when == "results/j":
+        store.delete_all("results/j/1/")
+    monkeypatch.setattr(Path, "mkdir", remove_before)
+    store.put("results/j/2/files/a", file)
+    assert removed == [when]
+    assert b"".join(store.read("results/j/2/files/a", 0, len(CONTENT))) == CONTENT
+    assert (data.root / "results").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -421,20 +455,16 @@ def test_content_that_is_uploaded_while_it_is_searched_for_stays(services: Servi
             statement = statement.replace("ORDER BY", "AND pg_advisory_xact_lock(1)::text = '' ORDER BY")
         return statement, parameters
 
-    waits = text(
-        "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database "
-        "WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
-    )
+    assert services.settings.database_url is not None
     event.listen(Engine, "before_cursor_execute", hold, retval=True)
     try:
-        with services.database.reading() as session, ThreadPoolExecutor() as pool:
-            session.execute(text("SELECT pg_advisory_lock(1)"))
+        with ThreadPoolExecutor() as pool, services.database.reading() as session:
+            session.execute(text("SELECT pg_advisory_xact_lock(1)"))
             removal = pool.submit(services.uploads.remove_unreferenced, NOW)
-            while not session.scalar(waits):
-                assert not removal.done()
+            wait_until_one_waits_for_a_lock(services.settings.database_url)
             assert store_model(services, "other", b"contested") == identifier
-            session.execute(text("SELECT pg_advisory_unlock(1)"))
-            assert removal.result(30) == 0
+            session.rollback()
+            assert removal.result(60) == 0
     finally:
         event.remove(Engine, "before_cursor_execute", hold)
     assert services.store.exists(blob_key(identifier))

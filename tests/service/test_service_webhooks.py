@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from receivers import Receiver
-from servers import postgresql_database
+from servers import postgresql_database, wait_until_one_waits_for_a_lock
 from service_helpers import Server, assert_problem, queue, submit, wait_for, wait_until
 
 from service.database import now
@@ -399,6 +400,21 @@ def test_a_late_result_does_not_touch_what_was_sent_again(services: Services) ->
     services.webhooks.failed(sending, "late", None)
     assert services.webhooks.deliveries("default", job).items[0].last_error is None
     assert len(services.webhooks.claim(10)) == 1
+
+
+@pytest.mark.parametrize("services", ["postgresql"], indirect=True)
+def test_what_is_given_up_while_it_is_asked_for_again_is_sent_again(services: Services) -> None:
+    job = queue_with_webhook(services)
+    claimed(services)
+    (sending,) = services.webhooks.claim(10)
+    assert services.settings.database_url is not None
+    with ThreadPoolExecutor() as pool, services.database.reading() as session:
+        session.query(WebhookDeliveryRow).update({"state": "failed", "next_attempt_at": None})
+        redelivery = pool.submit(services.webhooks.redeliver, "default", job, sending.id)
+        wait_until_one_waits_for_a_lock(services.settings.database_url)
+        session.commit()
+        assert redelivery.result(60).state == "pending"
+    assert [each.id for each in services.webhooks.claim(10)] == [sending.id]
 
 
 def test_a_job_takes_so_many_webhooks(services: Services) -> None:
