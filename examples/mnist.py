@@ -82,7 +82,10 @@ def run(folder: Path, bits: int) -> Result:
 
 def evaluate(model: Path, images: NDArray[np.float32]) -> Classes:
     """The digit that a model gives for each image, in plain onnxruntime."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Without this, sums of 8-bit products saturate on x86 CPUs without VNNI; on others it changes nothing.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     # The float model has a batch of exactly one.
     logits = [session.run(None, {INPUT_NAME: images[i : i + 1]})[0] for i in range(len(images))]
     return _classes(np.concatenate(logits))

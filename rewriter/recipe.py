@@ -84,7 +84,10 @@ class GraphLoss(_Section):
 class Recipe(_Section):
     """What to quantize and how, and how to train it. Unknown fields and wrong types are errors."""
 
-    weight_bits: WeightBits = Field(default=8, description="bits of a quantized weight")
+    weight_bits: WeightBits = Field(
+        default=8,
+        description="bits of a quantized weight; 7 for onnxruntime on x86 without VNNI, where 8 saturate",
+    )
     activation_bits: ActivationBits = Field(default=8, description="bits of a quantized activation")
     symmetric: bool = Field(default=False, description="symmetric activation ranges; weights always are")
     quant_delay: Delay = Field(

@@ -25,6 +25,7 @@ from rewriter.finalize.verification import (
 )
 from rewriter.finalize.weights import quantize_weights
 from rewriter.fold.activations import absorb_activations
+from rewriter.inference import NO_SATURATION
 from rewriter.load import load_from_bundle, save
 from rewriter.lowering import lower
 from rewriter.manifest import FileEntry, Manifest
@@ -140,6 +141,7 @@ def finalize(
         agreement=agreement,
         warnings=(
             *delayed,
+            *_saturation(agreement),
             *(
                 f"{change.scale}: raised on {change.channels} channel(s) so that the bias fits into int32"
                 for change in raised
@@ -158,6 +160,21 @@ def _delayed(manifest: Manifest, parameters: Mapping[str, npt.NDArray[np.float32
         f"after {steps} steps {off} of {len(manifest.quantizers)} quantizers still wait for their "
         "quant_delay: the model was trained and evaluated without them",
     )
+
+
+def _saturation(agreement: Agreement | None) -> tuple[str, ...]:
+    """The warning that onnxruntime's integer kernels do not compute on this CPU what the model says."""
+    if agreement is None or not agreement.saturates:
+        return ()
+    name, value = NO_SATURATION
+    advice = (
+        "sums of 8-bit products saturate on this CPU (x86 without VNNI) in onnxruntime's default kernels: "
+        f"give sessions the config entry {name} = {value}, or prepare the model with weight_bits 7"
+    )
+    before, after = agreement.top1, agreement.top1_without_saturation
+    if before is None or after is None:
+        return (advice,)
+    return (f"{advice} (same top-1 on {before:.2%} without the entry, {after:.2%} with it)",)
 
 
 def _output_steps(model: ir.Model) -> dict[str, float]:

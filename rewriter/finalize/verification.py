@@ -2,6 +2,8 @@
 
 The reference is the trained fake-quantized model. With graph optimizations off the two differ by rounding
 of the bias alone; with all optimizations on, integer kernels requantize, which may move an output by a step.
+On x86 without VNNI their sums may saturate besides, which costs far more
+(`rewriter.inference.NO_SATURATION`): whether they did is found by running the model without that too.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ class Agreement(BaseModel):
         samples: number of samples compared.
         top1: share of positions whose largest value along the class axis (axis 1, or the last of a
             rank-3 output) is the same, all optimizations on; null for an output without classes.
+        top1_without_saturation: the same with the session option that keeps sums of integer products from
+            saturating.
+        saturates: whether sums of integer products saturate on this CPU on these samples without it.
         largest_difference: largest absolute difference of the first float output, optimizations off.
         step: quantization step of that output; of an output that no quantizer writes, 1/255 of the range
             of its values.
@@ -46,6 +51,8 @@ class Agreement(BaseModel):
     output: str
     samples: int
     top1: float | None
+    top1_without_saturation: float | None
+    saturates: bool
     largest_difference: float
     step: float
 
@@ -82,29 +89,36 @@ def compare(
     expected_session = inference.open_session(reference, exact)
     exact_session = inference.open_session(finalized, exact)
     fast_session = inference.open_session(finalized)
+    safe_session = inference.open_session(finalized, inference.session_options(saturate=False))
     output = next((o for o in expected_session.get_outputs() if o.type == "tensor(float)"), None)
     if output is None:
         raise QatError(ErrorCode.RUN_FAILED, "The model has no float32 output to compare.")
 
-    count, positions, same, largest = 0, 0, 0, 0.0
+    count, positions, largest, saturates = 0, 0, 0.0, False
+    same = {"fast": 0, "safe": 0}
     low, high = np.inf, -np.inf
     for batch in samples.batches(32):
-        expected, exact_result, fast_result = (
+        expected, exact_result, fast_result, safe_result = (
             inference.run(session, [output.name], batch)[0]
-            for session in (expected_session, exact_session, fast_session)
+            for session in (expected_session, exact_session, fast_session, safe_session)
         )
+        saturates = saturates or not np.array_equal(fast_result, safe_result, equal_nan=True)
         count += len(next(iter(batch.values())))
         if expected.size:
             largest = max(largest, float(np.max(np.abs(expected - exact_result))))
             low, high = min(low, float(expected.min())), max(high, float(expected.max()))
         if expected.ndim >= 2:
             axis = 2 if expected.ndim == 3 else 1
-            agrees = expected.argmax(axis) == fast_result.argmax(axis)
-            same, positions = same + int(agrees.sum()), positions + agrees.size
+            classes = expected.argmax(axis)
+            positions += classes.size
+            for name, result in (("fast", fast_result), ("safe", safe_result)):
+                same[name] += int((classes == result.argmax(axis)).sum())
     return Agreement(
         output=output.name,
         samples=count,
-        top1=same / positions if positions else None,
+        top1=same["fast"] / positions if positions else None,
+        top1_without_saturation=same["safe"] / positions if positions else None,
+        saturates=saturates,
         largest_difference=largest,
         step=steps.get(output.name, (high - low) / 255 if high > low else 0.0),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,30 @@ def test_weights_too_large_for_a_file_lie_in_another_of_a_lasting_name(
     locations = {e.value for t in tensors for e in t.external_data if e.key == "location"}
     assert locations <= {"two.onnx.data"}
     np.testing.assert_array_equal(run(target), run(tmp_path / "one.onnx"))
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_cpu_on_which_sums_saturate_is_warned_of(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: bool
+) -> None:
+    def compared(*_: object) -> rewriter.Agreement:
+        top1, better = (0.9165, 1.0) if classes else (None, None)
+        return rewriter.Agreement(
+            output="y",
+            samples=16,
+            top1=top1,
+            top1_without_saturation=better,
+            saturates=True,
+            largest_difference=0,
+            step=1,
+        )
+
+    module = importlib.import_module("rewriter.finalize")  # the function has its name
+    monkeypatch.setattr(module, "compare", compared)
+    report = rewriter.finalize(bundle, tmp_path / "int8.onnx", verify=tmp_path / "samples.npz")
+    (warning,) = report.warnings
+    assert "config entry session.x64quantprecision = 1, or prepare the model with weight_bits 7" in warning
+    assert ("same top-1 on 91.65% without the entry, 100.00% with it" in warning) == classes
 
 
 def test_a_failure_leaves_the_former_result_and_nothing_else(bundle: Path, tmp_path: Path) -> None:

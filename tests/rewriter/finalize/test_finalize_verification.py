@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from rewriter.calibration.npz import NpzSamples
 from rewriter.errors import ErrorCode, QatError
 from rewriter.finalize.verification import compare, count_layer_kernels
+from rewriter.inference import session_options
 
 
 def write(folder: Path, name: str, body: str, output: str = "float[N, 3] y") -> Path:
@@ -61,6 +63,36 @@ def test_differences_are_measured_on_all_samples_in_steps_of_the_output(tmp_path
     assert found.largest_difference_in_steps == pytest.approx(4, rel=1e-5)
     unquantized = compare(reference, other, samples(tmp_path, reference), {})
     assert unquantized.step == pytest.approx(np.ptp(expected) / 255, rel=1e-5)
+
+
+@pytest.mark.parametrize("largest", [127, 63])
+def test_saturating_sums_are_noticed_where_the_cpu_has_them(tmp_path: Path, largest: int) -> None:
+    """On x86 without VNNI; the reference is what the integers make in NumPy. 7-bit weights never saturate."""
+    weights = np.random.default_rng(0).integers(largest - 8, largest + 1, (64, 3))
+    body = f"""<float s = {{1}}, uint8 z = {{0}}, float t = {{0.01}}, int8 zero = {{0}},
+        int8[64, 3] w = {{{",".join(map(str, weights.ravel()))}}}> {{
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  v = DequantizeLinear(w, t, zero)
+        y = MatMul(d, v)
+    }}"""
+    text = f'<ir_version: 8, opset_import: ["" : 18]>\ng (float[N, 64] x) => (float[N, 3] y) {body}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    x = np.random.default_rng(1).integers(200, 256, (70, 64))
+    np.savez(tmp_path / "x.npz", x=x.astype(np.float32))
+    opened = NpzSamples.open(tmp_path / "x.npz", ir.load(tmp_path / "m.onnx").graph.inputs)
+    found = compare(tmp_path / "m.onnx", tmp_path / "m.onnx", opened, {})
+    assert count_layer_kernels(tmp_path / "m.onnx") == {"MatMulIntegerToFloat": 1}
+    by_default, safe = (
+        onnxruntime.InferenceSession(tmp_path / "m.onnx", options).run(None, {"x": x.astype(np.float32)})[0]
+        for options in (None, session_options(saturate=False))
+    )
+    exact = x @ weights * 0.01
+    np.testing.assert_allclose(safe, exact, rtol=1e-5)
+    assert found.saturates == (not np.allclose(by_default, exact, rtol=1e-5))
+    assert found.top1 is not None
+    assert found.top1_without_saturation is not None
+    if largest == 63:
+        assert not found.saturates
+    assert (found.top1 < found.top1_without_saturation) == found.saturates
 
 
 def test_an_output_without_classes_has_no_top1(tmp_path: Path) -> None:
