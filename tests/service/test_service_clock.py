@@ -42,10 +42,12 @@ def test_jobs_outlive_a_jump_of_the_clock(
     start_server: Callable[..., Server], tmp_path: Path, days: int
 ) -> None:
     clock = Clock(tmp_path)
-    # The lease runs out several times while the long job runs, were it for the wall clock.
-    server = start_server(ONNX_QAT_LEASE_SECONDS="2", ONNX_QAT_JOB_TIMEOUT_SECONDS="600", **clock.environment)
+    # The long job is looked at about three times, every sixth of a lease, which is much less than the jump.
+    server = start_server(
+        ONNX_QAT_LEASE_SECONDS="10", ONNX_QAT_JOB_TIMEOUT_SECONDS="600", **clock.environment
+    )
     with server.client() as client:
-        job = submit(client, {"seconds": 3, "files": {"a": "long"}})
+        job = submit(client, {"seconds": 5, "files": {"a": "long"}})
         started = wait_for(client, job, "running")["started_at"]
         clock.jump(days * DAY)
         done = wait_for(client, job)
