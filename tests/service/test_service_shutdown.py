@@ -37,7 +37,7 @@ def is_draining(client: httpx.Client) -> bool:
 def test_a_running_job_finishes_and_the_service_answers_meanwhile(start_server) -> None:
     server: Server = start_server(ONNX_QAT_SHUTDOWN_GRACE_SECONDS="60")
     with server.client() as client:
-        job = submit(client, {"seconds": 10})
+        job = submit(client, {"seconds": 8})
         wait_for_pid(client, job)
         with client.stream("GET", f"/v1/jobs/{job}/events") as events:
             server.process.send_signal(signal.SIGTERM)
@@ -153,7 +153,7 @@ def test_workers_end_in_the_same_way(
         stack.callback(worker.stop, signal.SIGKILL)
         goes_back = started(600)
         assert "onnx_qat_workers 2.0" in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-        finishes = started(8)
+        finishes = started(6)
         worker.process.send_signal(signal.SIGTERM)
         assert state(finishes) == "running"
         wait_until(lambda: state(finishes) == "succeeded")
