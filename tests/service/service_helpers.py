@@ -86,6 +86,10 @@ class Server:
             )
         wait_until_ready(self.url, self.process)
 
+    def client(self, **options: Any) -> httpx.Client:
+        """More patient than httpx is: on a busy machine an answer may take long."""
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(how)
         return self.process.wait(60)

@@ -300,7 +300,7 @@ def test_keys_are_made_and_revoked_while_the_service_runs(start_server, tmp_path
     server: Server = start_server(ONNX_QAT_AUTH="keys")
 
     def status(key: str) -> int:
-        return httpx.get(f"{server.url}/v1/tenant", headers=bearer(key)).status_code
+        return httpx.get(f"{server.url}/v1/tenant", headers=bearer(key), timeout=60).status_code
 
     run(data, "tenants", "create", "team-a", "--max-bytes", "1MiB")
     key = run(data, "keys", "create", "--tenant", "team-a", "--name", "CI", "--expires", "90d").strip()
@@ -436,7 +436,7 @@ def test_serve_starts_there_when_somebody_chose(tmp_path: Path, choice: list[str
         assert any(expected in line for line in said)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 # Browsers.

@@ -224,7 +224,7 @@ def expanding_samples() -> bytearray:
 def test_samples_that_expand_much_take_time_and_no_memory(tmp_path: Path) -> None:
     """Twice the memory that the process may have: it goes on until its CPU time is over."""
     settings = Settings(
-        data_dir=tmp_path / "data", log_level="error", job_memory_bytes=MEMORY, job_cpu_seconds=5
+        data_dir=tmp_path / "data", log_level="error", job_memory_bytes=MEMORY, job_cpu_seconds=10
     )
     with TestClient(create_app(settings), base_url="http://localhost") as client:
         job = ended(client, prepare(client, mnist(), calibration=bytes(expanding_samples())))

@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_watch_it(server: Server, 
         assert process.stdout is not None
         job = json.loads(process.stdout.readline())["id"]
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == (f"the job goes on; to watch it again: onnx-qat watch {job} --server {server.url}\n")
     with Client(server.url) as client:

@@ -208,12 +208,12 @@ def test_the_proxy_gives_the_store_requests_as_they_were_signed_and_no_keys(tmp_
         cleanup.callback(proxy.terminate)
         wait_until(lambda: _answers(url))
         secrets = {"Authorization": "Bearer key", "Cookie": "a=b"}
-        seen = httpx.get(f"{url}/onnx-qat/blobs/x?X-Amz-Signature=0", headers=secrets).json()
+        seen = httpx.get(f"{url}/onnx-qat/blobs/x?X-Amz-Signature=0", headers=secrets, timeout=60).json()
         assert (seen["server"], seen["Host"]) == (ports[0], url.removeprefix("http://"))
         assert not {"Authorization", "Cookie"} & seen.keys()
         for answer in (
-            httpx.put(f"{url}/onnx-qat/blobs/x", headers=secrets),
-            httpx.get(f"{url}/v1/jobs", headers=secrets),
+            httpx.put(f"{url}/onnx-qat/blobs/x", headers=secrets, timeout=60),
+            httpx.get(f"{url}/v1/jobs", headers=secrets, timeout=60),
         ):
             assert (answer.json()["server"], answer.json()["Authorization"]) == (ports[1], "Bearer key")
 

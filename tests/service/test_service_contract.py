@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 from service_helpers import HERE, Server, submit, wait_for
 from typer.testing import CliRunner
 
@@ -30,7 +29,7 @@ def test_the_service_conforms_to_its_document(start_server: Callable[..., Server
         CliRunner().invoke(app, ["keys", "create", "--tenant", "default", "--data-dir", data]).stdout.strip()
     )
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+    with server.client(headers=headers) as client:
         wait_for(client, submit(client, {"files": {"a": "1"}}))
     examples = os.environ.get("ONNX_QAT_TEST_EXAMPLES")
     extent = (

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from unittest.mock import Mock
 
-import httpx
 import pytest
 from service_helpers import Server, assert_problem, submit, wait_for, wait_until
 from sqlalchemy.exc import OperationalError
@@ -71,6 +70,12 @@ async def told(streams: JobEvents, job: JobSummary, seen: int | None = None) -> 
     return [event async for event in streams.stream(job, seen)]
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; not for ever, see `run`."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
 def run(test: Coroutine[Any, Any, T]) -> T:
     """What a stream that does not end makes fail, and not wait for ever."""
     return asyncio.run(asyncio.wait_for(test, 30))
@@ -98,12 +103,12 @@ def test_nobody_looks_when_nobody_follows(jobs: Jobs) -> None:
         job = jobs.add(1)
         for _ in range(2):  # and it begins anew with the next one
             reader = asyncio.create_task(told(streams, job))
-            await asyncio.sleep(0.2)
+            await until(lambda: jobs.looks)
             reader.cancel()
-            await asyncio.sleep(0.1)
+            await until(lambda: streams._watching is None)
             looks = jobs.looks
             await asyncio.sleep(0.2)
-            assert jobs.looks == looks > 0
+            assert jobs.looks == looks
             jobs.looks = 0
 
     run(follow())
@@ -113,7 +118,7 @@ def test_a_stream_that_comes_later_is_told_what_is_newer_and_so_are_the_others(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, and not with the next look."""
-    monkeypatch.setattr(events, "_POLL_SECONDS", 60)
+    monkeypatch.setattr(events, "_POLL_SECONDS", 600)
 
     async def follow() -> tuple[list[str], list[str]]:
         streams = streams_of(jobs)
@@ -126,10 +131,11 @@ def test_a_stream_that_comes_later_is_told_what_is_newer_and_so_are_the_others(
 
         first = jobs.add(1)
         readers = [asyncio.create_task(read(first, None, earlier))]
-        await asyncio.sleep(0.2)
+        await until(lambda: earlier and jobs.looks)
         second = jobs.become(first)
         readers.append(asyncio.create_task(read(second, first.revision, later)))
-        await asyncio.sleep(0.2)
+        await until(lambda: len(earlier) > 1 and later)
+        await asyncio.sleep(0.1)
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
@@ -146,7 +152,7 @@ def test_a_look_that_began_before_a_stream_tells_nothing_older(jobs: Jobs) -> No
         streams = streams_of(jobs)
         first = jobs.add(1)
         earlier = asyncio.create_task(told(streams, first))
-        await asyncio.sleep(0.1)
+        await until(lambda: jobs.looks)
         jobs.answering.clear()
         second = jobs.become(first)
         looks = jobs.looks
@@ -155,8 +161,9 @@ def test_a_look_that_began_before_a_stream_tells_nothing_older(jobs: Jobs) -> No
         third = jobs.become(second)
         later = asyncio.create_task(told(streams, third))
         await asyncio.sleep(0.1)
+        looks = jobs.looks
         jobs.answering.set()
-        await asyncio.sleep(0.2)
+        await until(lambda: jobs.looks > looks)
         jobs.become(third, state=JobState.SUCCEEDED)
         return await earlier, await later
 
@@ -185,7 +192,7 @@ def test_a_stream_ends_with_the_deletion_of_its_job(
 ) -> None:
     log = tmp_path / "log"
     server = start_server(log)
-    with httpx.Client(base_url=server.url) as client:
+    with server.client() as client:
         busy = submit(client, {"seconds": 600})
         wait_for(client, busy, "running")
         job = submit(client, {"seconds": 1})
@@ -203,7 +210,7 @@ def test_a_stream_ends_with_the_deletion_of_its_job(
 
 def test_a_tenant_follows_so_many_jobs_at_a_time(start_server: Callable[..., Server]) -> None:
     server = start_server(ONNX_QAT_MAX_EVENT_STREAMS="2")
-    with httpx.Client(base_url=server.url) as client:
+    with server.client() as client:
         job = submit(client, {"seconds": 600})
         path = f"/v1/jobs/{job}/events"
         with ExitStack() as stack:
@@ -218,14 +225,14 @@ def test_a_tenant_follows_so_many_jobs_at_a_time(start_server: Callable[..., Ser
             with client.stream("GET", path) as answer:
                 return answer.status_code == 200
 
-        wait_until(is_admitted, 10)
+        wait_until(is_admitted)
         client.post(f"/v1/jobs/{job}/cancel")
 
 
 def test_who_has_seen_the_end_is_told_not_to_come_again(start_server: Callable[..., Server]) -> None:
     """204 is what keeps an EventSource from connecting again (HTML standard, section 9.2.3)."""
     # A server of its own: of one in this process a stream that does not end would be waited for for ever.
-    with httpx.Client(base_url=start_server().url) as client:
+    with start_server().client() as client:
         job = submit(client, {"do": "fail"})
         revision = wait_for(client, job)["revision"]
         path = f"/v1/jobs/{job}/events"

@@ -7,7 +7,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import h11
 import pytest
@@ -17,11 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from service.http_protocol import PunctualH11Protocol
 
-HEADER_SECONDS = 0.5
+PATIENT, IMPATIENT = 60.0, 0.5
+"""Seconds in which a header must come."""
 
-
-class Impatient(PunctualH11Protocol):
-    header_seconds = HEADER_SECONDS
+Connect = Callable[..., socket.socket]
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,17 +36,23 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": text})
 
 
-@pytest.fixture
-def connection() -> Iterator[socket.socket]:
-    """A connection to a server that waits a short time for headers, and a long time between requests."""
+@contextmanager
+def serving(first: float, later: float) -> Iterator[socket.socket]:
+    class Protocol(PunctualH11Protocol):
+        header_seconds = first
+
+        def on_response_complete(self) -> None:
+            self.header_seconds = later
+            super().on_response_complete()
+
     server = uvicorn.Server(
         uvicorn.Config(
             answer,
             port=0,
-            http=Impatient,
+            http=Protocol,
             lifespan="off",
             log_config=None,
-            timeout_keep_alive=60,
+            timeout_keep_alive=120,
         )
     )
     thread = threading.Thread(target=server.run)
@@ -54,11 +60,24 @@ def connection() -> Iterator[socket.socket]:
     try:
         wait_until(lambda: server.started)
         address = server.servers[0].sockets[0].getsockname()
-        with socket.create_connection(address, timeout=30) as connection:
+        with socket.create_connection(address, timeout=60) as connection:
             yield connection
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Connects to a server that waits so long for the first header, and so long after each answer."""
+    with ExitStack() as stack:
+        yield lambda first, later: stack.enter_context(serving(first, later))
+
+
+@pytest.fixture
+def connection(connect: Connect) -> socket.socket:
+    """A connection to a server that waits long for headers, and longer between requests."""
+    return connect(PATIENT, PATIENT)
 
 
 def drip(connection: socket.socket, text: bytes) -> None:
@@ -78,21 +97,25 @@ def drip(connection: socket.socket, text: bytes) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
-def test_a_header_that_does_not_end_is_given_up(connection: socket.socket, sent: bytes) -> None:
+def test_a_header_that_does_not_end_is_given_up(connect: Connect, sent: bytes) -> None:
+    connection = connect(IMPATIENT, PATIENT)
     connection.sendall(sent)
     drip(connection, b"X: y\r\n" if sent else b"")
 
 
-def test_neither_is_one_after_a_complete_request(connection: socket.socket) -> None:
+def test_neither_is_one_after_a_complete_request(connect: Connect) -> None:
+    connection = connect(PATIENT, IMPATIENT)
     connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
     drip(connection, b"G")
 
 
-def test_a_body_may_take_longer_and_another_request_follows(connection: socket.socket) -> None:
+def test_a_body_may_take_longer_and_another_request_follows(connect: Connect) -> None:
+    seconds = 1.5
+    connection = connect(seconds, seconds)
     for _ in range(2):
         connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\na")
-        time.sleep(2 * HEADER_SECONDS)  # not waited for: it is what is tested
+        time.sleep(1.2 * seconds)  # not waited for: it is what is tested
         connection.sendall(b"b")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
@@ -154,9 +177,8 @@ def answer_early(connection: socket.socket, length: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "then"), [(b"x", b""), (b"", b"x")])
-def test_the_rest_of_a_body_that_is_answered_is_given_up(
-    connection: socket.socket, first: bytes, then: bytes
-) -> None:
+def test_the_rest_of_a_body_that_is_answered_is_given_up(connect: Connect, first: bytes, then: bytes) -> None:
+    connection = connect(PATIENT, IMPATIENT)
     answer_early(connection, 1 << 30)
     connection.sendall(first)
     drip(connection, then)
@@ -168,7 +190,7 @@ def test_the_rest_of_a_body_may_come_after_the_answer_and_another_request_follow
     for _ in range(2):
         answer_early(connection, 2)
         connection.sendall(b"a")
-        time.sleep(HEADER_SECONDS / 5)  # not waited for: it is what is tested
+        time.sleep(0.1)  # not waited for: it is what is tested
         connection.sendall(b"b")
     connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")

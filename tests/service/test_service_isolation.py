@@ -475,7 +475,7 @@ def test_want_of_memory_and_time_are_told_from_other_deaths(
 
 
 def test_a_process_that_ignores_the_cpu_limit_is_a_timeout(start_client) -> None:
-    client = start_client(job_cpu_seconds=3)
+    client = start_client(job_cpu_seconds=6)
     burn = "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     job = submit(client, {"do": "try", "codes": {"it": SETUP + burn}})
     failure = wait_for(client, job, seconds=PATIENCE)["failure"]

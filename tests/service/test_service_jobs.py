@@ -10,7 +10,6 @@ import tracemalloc
 import zipfile
 from typing import Any
 
-import httpx
 import pytest
 from fastapi.testclient import TestClient
 from service_helpers import Server, assert_problem, is_running, submit, wait_for, wait_for_pid
@@ -161,7 +160,7 @@ def test_a_download_is_conditional_and_in_ranges_as_the_rfc_says(
 
 def test_head_is_get_without_the_content(start_server) -> None:
     server: Server = start_server()
-    with httpx.Client(base_url=server.url) as client:
+    with server.client() as client:
         job = submit(client, {"files": {"a": "0123456789"}})
         model = wait_for(client, job)["request"]["model"]
         of_job = ("", "/bundle", "/files/a", "/files/missing")
@@ -379,7 +378,7 @@ LARGE_RECIPE = {"frozen": ["x" * 1000] * 60}
 def test_lists_and_events_leave_recipes_out(start_server) -> None:
     recipe = {"recipe": json.dumps(LARGE_RECIPE)}
     form = {"model": b'{"do": "fail"}', "calibration": b"samples"}
-    with httpx.Client(base_url=start_server().url) as client:
+    with start_server().client() as client:
         job = client.post("/v1/prepare", files=form, data=recipe).json()
         failed = wait_for(client, job["id"])
         assert failed["request"]["recipe"]["frozen"] == LARGE_RECIPE["frozen"]
@@ -464,8 +463,8 @@ def events_of(lines: list[str]) -> list[dict[str, Any]]:
 
 def test_events_follow_a_job_to_its_end(start_server) -> None:
     server: Server = start_server()
-    with httpx.Client(base_url=server.url) as client:
-        job = submit(client, {"seconds": 1})
+    with server.client() as client:
+        job = submit(client, {"seconds": 5})
         with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             states_seen_while_open = []

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 from servers import postgresql_database
@@ -207,7 +206,7 @@ def test_the_heart_beats_and_learns_that_the_job_was_cancelled(services: Service
 
 def test_another_worker_finishes_the_job_of_a_killed_one(tmp_path: Path) -> None:
     with postgresql_database() as url, contextlib.ExitStack() as stack:
-        environment = {"ONNX_QAT_DATABASE_URL": url, "ONNX_QAT_LEASE_SECONDS": "3"}
+        environment = {"ONNX_QAT_DATABASE_URL": url, "ONNX_QAT_LEASE_SECONDS": "6"}
         server = Server(tmp_path / "data", ONNX_QAT_WORKERS="0", **environment)
         stack.callback(server.stop, signal.SIGKILL)
         workers = {}
@@ -215,36 +214,37 @@ def test_another_worker_finishes_the_job_of_a_killed_one(tmp_path: Path) -> None
             worker = Workers(tmp_path / "data", **environment)
             stack.callback(worker.stop, signal.SIGKILL)
             workers[worker.process.pid] = worker
-        client = stack.enter_context(httpx.Client(base_url=server.url))
+        client = stack.enter_context(server.client())
         job = submit(client, {"seconds": 4})
         pid = wait_for_pid(client, job)
         workers[owner(url, job)].stop(signal.SIGKILL)
         wait_until(lambda: not is_running(pid))
         done = wait_for(client, job)
-        assert (done["state"], done["attempt"]) == ("succeeded", 2)
+        assert done["state"] == "succeeded"
+        assert done["attempt"] > 1
         assert client.get(f"/v1/jobs/{job}/bundle").is_success
 
 
 def test_a_worker_that_comes_back_from_a_long_pause_changes_nothing(tmp_path: Path) -> None:
     """It was suspended for longer than its lease, with a result in its hands, and goes on."""
     with postgresql_database() as url, contextlib.ExitStack() as stack:
-        environment = {"ONNX_QAT_DATABASE_URL": url, "ONNX_QAT_LEASE_SECONDS": "3"}
+        environment = {"ONNX_QAT_DATABASE_URL": url, "ONNX_QAT_LEASE_SECONDS": "6"}
         services = Services.of(Settings(data_dir=tmp_path / "data", database_url=url))
         stack.enter_context(services.opened())
         paused = Workers(tmp_path / "data", **environment)
         stack.callback(paused.stop, signal.SIGKILL)
-        job = queue(services, 1)
+        job = queue(services, 3)
         wait_until(lambda: services.jobs.get("default", job.id).progress.stage)
         paused.process.send_signal(signal.SIGSTOP)
         other = Workers(tmp_path / "data", **environment)
         stack.callback(other.stop, signal.SIGKILL)
         wait_until(lambda: services.jobs.get("default", job.id).state == "succeeded")
         done = services.jobs.get("default", job.id)
-        assert done.attempt == 2
+        assert done.attempt > 1
         paused.process.send_signal(signal.SIGCONT)
         wait_until(lambda: not any((tmp_path / "data/scratch").iterdir()))
         results = tmp_path / "data/results" / job.id
-        wait_until(lambda: [path.name for path in results.iterdir()] == ["2"])
+        wait_until(lambda: [path.name for path in results.iterdir()] == [str(done.attempt)])
         assert services.jobs.get("default", job.id) == done
 
 

@@ -98,7 +98,7 @@ def test_what_the_server_logs_of_a_failed_request_names_it(json_lines: Lines) ->
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
-    httpx.get(f"http://127.0.0.1:{port}/", headers={"X-Request-ID": "r6"})
+    httpx.get(f"http://127.0.0.1:{port}/", headers={"X-Request-ID": "r6"}, timeout=60)
     server.should_exit = True
     thread.join()
     lines = json_lines()

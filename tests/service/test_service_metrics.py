@@ -225,7 +225,7 @@ def test_a_port_of_their_own_asks_for_no_key(start_client) -> None:
     port = free_port()
     client = start_client(auth="keys", metrics_port=port)
     assert client.get("/metrics").status_code == 401
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as private:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as private:
         assert value(read(private), "onnx_qat_database_up") == 1
 
 

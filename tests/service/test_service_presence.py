@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from fastapi.testclient import TestClient
 from servers import postgresql_database
@@ -108,25 +107,24 @@ def test_a_process_is_present_as_long_as_it_takes_jobs(database: Database) -> No
 def test_an_api_says_how_many_workers_there_are_and_when_there_is_none(
     database_url: str, tmp_path: Path
 ) -> None:
-    environment = {"ONNX_QAT_DATABASE_URL": database_url, "ONNX_QAT_LEASE_SECONDS": "2"}
+    environment = {"ONNX_QAT_DATABASE_URL": database_url, "ONNX_QAT_LEASE_SECONDS": "4"}
     workers = [Workers(tmp_path / "data", **environment) for _ in range(2)]
     server = Server(tmp_path / "data", ONNX_QAT_WORKERS="0", **environment)
     try:
-        with httpx.Client(base_url=server.url) as client:
+        with server.client() as client:
 
-            def ready() -> dict[str, object]:
+            def told() -> tuple[int, list[str]]:
                 answer = client.get("/health/ready")
                 # It accepts jobs all the same, and they are not lost.
                 assert answer.status_code == 200
-                body: dict[str, object] = answer.json()
-                return body
+                body = answer.json()
+                return body["workers"], body["warnings"]
 
-            wait_until(lambda: ready()["workers"] == 2)
-            assert ready()["warnings"] == []
+            wait_until(lambda: told() == (2, []))
             assert workers[0].stop() == 0
             workers[1].stop(signal.SIGKILL)
-            wait_until(lambda: ready()["workers"] == 0)
-            assert ready()["warnings"] == ["No worker is running: jobs are accepted and wait for one."]
+            none = "No worker is running: jobs are accepted and wait for one."
+            wait_until(lambda: told() == (0, [none]))
             assert "onnx_qat_worker_processes 0.0" in client.get("/metrics").text
     finally:
         for process in (server, *workers):

@@ -34,6 +34,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def _redis_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine an answer may take long; a server that was stopped refuses connections at once."""
+    monkeypatch.setattr(rates, "_REDIS_TIMEOUT_SECONDS", 30)
+
+
 @pytest.fixture(scope="module")
 def redis_server() -> Iterator[RedisServer]:
     with RedisServer() as server:

@@ -22,7 +22,7 @@ from service.storage.store import StoreUnavailableError
 @pytest.fixture
 def hanging_database(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
     """While the test lasts the database gives no answer. The semaphore counts who has asked it."""
-    monkeypatch.setattr(readiness, "_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(readiness, "_TIMEOUT_SECONDS", 3)
     asked, answers = threading.Semaphore(0), threading.Event()
 
     def hang(self: Database) -> Any:

@@ -6,12 +6,11 @@ import base64
 import datetime
 import errno
 import hashlib
+import io
 import os
 import signal
 import socket
 import struct
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
+import requests
 from fastapi.testclient import TestClient
 from servers import postgresql_database
-from service_helpers import Server, assert_problem
+from service_helpers import Server, assert_problem, wait_until
 from tusclient.client import TusClient
+from tusclient.exceptions import TusCommunicationError
 
 from service.database import now
 from service.errors import ServiceError
@@ -291,16 +292,9 @@ def open_patch(server: Server, path: str, size: int, sent: bytes, **headers: str
     return connection
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_two_requests_for_one_upload_do_not_mix(start_server, tmp_path: Path) -> None:
     server: Server = start_server()
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with server.client() as client:
         path = begin(client, size=100)
         file = tmp_path / "data/partial" / path.rpartition("/")[2]
         with open_patch(server, path, 100, b"") as first:
@@ -317,7 +311,7 @@ def test_two_requests_for_one_upload_do_not_mix(start_server, tmp_path: Path) ->
 def test_asking_for_the_offset_ends_a_request_whose_connection_is_dead(start_server, tmp_path: Path) -> None:
     """Its client cannot have sent both: it lost the connection without the server's knowing."""
     server: Server = start_server()
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with server.client() as client:
         content = os.urandom(5_000_000)
         path = begin(client, size=len(content), kind="models")
         file = tmp_path / "data/partial" / path.rpartition("/")[2]
@@ -340,7 +334,7 @@ def test_what_arrived_before_the_connection_broke_is_there(
     """Unless it had a checksum, which nothing that is not whole can match."""
     server: Server = start_server()
     content = os.urandom(5_000_000)
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with server.client() as client:
         path = begin(client, size=len(content), kind="models", sha256=sha256(content))
         file = tmp_path / "data/partial" / path.rpartition("/")[2]
         digest = base64.b64encode(hashlib.sha1(content).digest()).decode()
@@ -644,10 +638,12 @@ def test_content_that_was_removed_meanwhile_is_said_to_be_gone(services: Service
 # With a client that others wrote.
 
 
-def test_an_independent_client_goes_on_after_the_server_was_killed(start_server, tmp_path: Path) -> None:
+def test_an_independent_client_goes_on_after_the_server_was_killed(
+    start_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """tuspy (https://github.com/tus/tus-py-client), interrupted in the middle of a piece."""
     server: Server = start_server()
-    content = os.urandom(30_000_000)
+    content = os.urandom(20_000_000)
     file = tmp_path / "model.onnx"
     file.write_bytes(content)
     client = TusClient(f"{server.url}{ADDRESS}")
@@ -660,25 +656,31 @@ def test_an_independent_client_goes_on_after_the_server_was_killed(start_server,
     for _ in range(3):
         uploader.upload_chunk()
 
-    def keep_uploading() -> None:
-        try:
-            uploader.upload()
-        except Exception as error:
-            errors.append(error)
+    class Interrupted(io.BytesIO):
+        """A piece: when most of it has been read, to be sent, and some has arrived, the server is killed."""
 
-    errors: list[Exception] = []
-    thread = threading.Thread(target=keep_uploading)
-    thread.start()
-    server.stop(signal.SIGKILL)
-    thread.join(60)
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 1_500_000 and server.process.poll() is None:
+                (received,) = (tmp_path / "data/partial").iterdir()
+                wait_until(lambda: received.stat().st_size > 6_000_000)
+                server.stop(signal.SIGKILL)
+            return super().read(size)
+
+    patch = requests.patch
+    monkeypatch.setattr(
+        requests, "patch", lambda url, data, **more: patch(url, data=Interrupted(data), **more)
+    )
+    with pytest.raises(TusCommunicationError):
+        uploader.upload()
+    monkeypatch.undo()
+    assert server.process.returncode == -signal.SIGKILL
     server.start()
 
     again = client.uploader(str(file), chunk_size=2_000_000, url=uploader.url, upload_checksum=True)
-    assert len(errors) == 1
     assert 6_000_000 <= again.offset < len(content)
     again.upload()
     assert again.offset == len(content)
-    answer = httpx.get(f"{server.url}/v1/models/{sha256(content)}")
+    answer = httpx.get(f"{server.url}/v1/models/{sha256(content)}", timeout=60)
     assert answer.json()["bytes"] == len(content)
     blob = tmp_path / "data/blobs" / sha256(content)[:2] / sha256(content)
     assert blob.read_bytes() == content

@@ -36,8 +36,8 @@ def is_draining(client: httpx.Client) -> bool:
 
 def test_a_running_job_finishes_and_the_service_answers_meanwhile(start_server) -> None:
     server: Server = start_server(ONNX_QAT_SHUTDOWN_GRACE_SECONDS="60")
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        job = submit(client, {"seconds": 3})
+    with server.client() as client:
+        job = submit(client, {"seconds": 8})
         wait_for_pid(client, job)
         with client.stream("GET", f"/v1/jobs/{job}/events") as events:
             server.process.send_signal(signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_a_running_job_finishes_and_the_service_answers_meanwhile(start_server) 
 
 def test_what_takes_longer_than_the_grace_is_queued_again(start_server) -> None:
     server: Server = start_server(ONNX_QAT_SHUTDOWN_GRACE_SECONDS="1")
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with server.client() as client:
         wait_for_pid(client, submit(client, {"seconds": 600}))
     assert server.stop(signal.SIGTERM) in ENDED
     assert job_states(server.data) == ["queued"]
@@ -59,7 +59,7 @@ def test_what_takes_longer_than_the_grace_is_queued_again(start_server) -> None:
 
 def test_a_second_signal_ends_at_once(start_server) -> None:
     server: Server = start_server(ONNX_QAT_SHUTDOWN_GRACE_SECONDS="600")
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with server.client() as client:
         job = submit(client, {"seconds": 600})
         wait_for_pid(client, job)
         with slow_upload(server) as upload:
@@ -105,7 +105,7 @@ def refuses(server: Server) -> bool:
 def test_streams_of_events_come_to_an_end(start_server) -> None:
     """The reader is to go on at another process; the job is not of this one."""
     server: Server = start_server(ONNX_QAT_SHUTDOWN_GRACE_SECONDS="600", ONNX_QAT_WORKERS="0")
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with server.client() as client:
         job = submit(client, {})
         with client.stream("GET", f"/v1/jobs/{job}/events") as events:
             lines = events.iter_lines()
@@ -135,7 +135,11 @@ def test_workers_end_in_the_same_way(
         if services.settings.queue == "celery":
             services.supervisor.start()
             stack.callback(services.supervisor.stop)
-        finishes, goes_back = (queue(services, seconds) for seconds in (3, 600))
+
+        def started(seconds: int) -> Job:
+            job = queue(services, seconds)
+            wait_until(lambda: services.jobs.get("default", job.id).progress.stage)
+            return job
 
         def state(job: Job) -> str:
             return services.jobs.get("default", job.id).state
@@ -147,10 +151,11 @@ def test_workers_end_in_the_same_way(
             ONNX_QAT_METRICS_PORT=str(port),
         )
         stack.callback(worker.stop, signal.SIGKILL)
-        for job in (finishes, goes_back):
-            wait_until(lambda job=job: services.jobs.get("default", job.id).progress.stage)
-        assert "onnx_qat_workers 2.0" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        goes_back = started(600)
+        assert "onnx_qat_workers 2.0" in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+        finishes = started(6)
         worker.process.send_signal(signal.SIGTERM)
+        assert state(finishes) == "running"
         wait_until(lambda: state(finishes) == "succeeded")
         assert state(goes_back) == "running"
         later = queue(services, 1)

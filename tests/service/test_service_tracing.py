@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 import structlog
 from fastapi.testclient import TestClient
@@ -182,7 +181,7 @@ class Collector:
 def test_traces_reach_a_collector(start_server) -> None:
     with Collector() as collector:
         server = start_server(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
-        with httpx.Client(base_url=server.url) as client:
+        with server.client() as client:
             wait_for(client, submit(client, {}))
         server.stop()
     resources = [spans for request in collector.requests for spans in request.resource_spans]

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from service_helpers import Server, assert_problem
+from service_helpers import Server, assert_problem, wait_until
 
 from service.uploads import intake
 
@@ -221,13 +220,6 @@ def test_an_upload_that_breaks_off_leaves_nothing(start_server, tmp_path: Path) 
     assert stored_files(tmp_path / "data") == []
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_the_same_bytes_are_stored_once_whatever_they_are_uploaded_as(
     client: TestClient, tmp_path: Path
 ) -> None:
@@ -262,7 +254,7 @@ def test_a_large_file_is_on_disk_as_it_was_sent(start_server) -> None:
     """Most of it is written past the page cache, its end is not."""
     content = random.Random(0).randbytes((66 << 20) + 123)
     server: Server = start_server()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with server.client() as client:
         assert client.post("/v1/models", content=content).status_code == 201
     assert (server.data / blob(content)).read_bytes() == content
 

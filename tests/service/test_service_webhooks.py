@@ -196,7 +196,7 @@ def test_no_answer_and_no_log_shows_a_secret(start_server, tmp_path: Path) -> No
         ONNX_QAT_WEBHOOK_PORTS="null",
         ONNX_QAT_LOG_LEVEL="debug",
     )
-    with httpx.Client(base_url=server.url) as client, Receiver(500) as receiver:
+    with server.client() as client, Receiver(500) as receiver:
         job = submit(client, {}, **form(webhook(receiver.url + "?token=sesame")))
         receiver.wait(1)
         wait_until(lambda: deliveries(client, job)[0]["last_status"])
@@ -237,14 +237,14 @@ def test_a_crash_between_the_change_and_its_delivery_loses_nothing(start_server)
         "ONNX_QAT_WEBHOOK_TIMEOUT_SECONDS": "1",
     }
     server: Server = start_server(**settings)
-    with Receiver(silent=True) as silent, httpx.Client(base_url=server.url) as client:
+    with Receiver(silent=True) as silent, server.client() as client:
         job = submit(client, {}, **form(webhook(silent.url)))
         (first,) = silent.wait(1)  # it is being sent
         server.stop(signal.SIGKILL)
     with Receiver(port=silent.port) as receiver:
         server.start()
         again = receiver.wait(1)[0]
-        with httpx.Client(base_url=server.url) as client:
+        with server.client() as client:
             wait_until(lambda: deliveries(client, job)[0]["state"] == "delivered")
     assert again.body == first.body
     assert again.headers["webhook-id"] == first.headers["webhook-id"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 from service_helpers import Server, submit, wait_for
 
 from rewriter import Manifest, Recipe
@@ -86,7 +85,7 @@ def _quantizer(index: int) -> dict[str, Any]:
 
 def job_with(server: Server, manifest: Manifest) -> str:
     """The id of a job of the fake worker that has made this manifest."""
-    with httpx.Client(base_url=server.url) as client:
+    with server.client() as client:
         files = {"manifest.json": json.dumps(manifest.model_dump(mode="json"))}
         job = submit(client, {"do": "succeed", "files": files})
         assert wait_for(client, job)["state"] == "succeeded"

@@ -91,7 +91,7 @@ def test_a_model_is_prepared_looked_at_and_finalized_by_keyboard(
     expect(page.get_by_role("heading", name=f"Prepare {model.name}")).to_be_focused()
     expect(page.locator(".job-status .badge")).to_have_text("succeeded")
     job = page.url.rpartition("/")[2]
-    manifest = httpx.get(f"{url}/v1/jobs/{job}/files/manifest.json").json()
+    manifest = httpx.get(f"{url}/v1/jobs/{job}/files/manifest.json", timeout=60).json()
     assert manifest["recipe"]["weight_bits"] == 4
     assert manifest["calibration"] is not None
     rows = page.locator(".data-table tbody tr")
