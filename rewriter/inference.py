@@ -15,9 +15,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rewriter.errors import ErrorCode, QatError
 
-# On x86 without VNNI onnxruntime's kernels for uint8 times int8 add pairs of products in 16 bits, which
-# saturate (vpmaddubsw: two of 255 x 127 are 64770, and 32767 is the most; two of 255 x 63 fit). With this
-# entry it takes slower ones that do not; elsewhere it changes nothing.
+# On x86 without VNNI onnxruntime's kernels for int8 weights (int8 activations become uint8 for them) add
+# pairs of products in 16 bits, which saturate: vpmaddubsw; two of 255 x 127 are 64770, and 32767 is the most;
+# two of 255 x 63 fit. With this entry it takes slower ones, for uint8 weights, that do not. Elsewhere it
+# changes nothing in onnxruntime 1.19.
 NO_SATURATION: Final = ("session.x64quantprecision", "1")
 
 _LONGEST_REASON: Final = 400
@@ -25,17 +26,17 @@ _ERRORS_ONLY: Final = 3
 _NOTHING: Final = 4
 
 
-def session_options(*, optimize: bool = True, saturate: bool = True) -> onnxruntime.SessionOptions:
+def session_options(*, optimize: bool = True, may_saturate: bool = True) -> onnxruntime.SessionOptions:
     """Options of a session that prints nothing: its errors arrive as exceptions.
 
     Args:
-        saturate: whether sums of integer products may, on the CPUs where they do (`NO_SATURATION`).
+        may_saturate: False: sums of integer products do not, on any CPU (`NO_SATURATION`).
     """
     options = _options_for_this_process()
     options.log_severity_level = _NOTHING
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if not saturate:
+    if not may_saturate:
         options.add_session_config_entry(*NO_SATURATION)
     return options
 

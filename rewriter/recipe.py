@@ -86,7 +86,7 @@ class Recipe(_Section):
 
     weight_bits: WeightBits = Field(
         default=8,
-        description="bits of a quantized weight; 7 for onnxruntime on x86 without VNNI, where 8 saturate",
+        description="bits of a quantized weight; 7 for onnxruntime on x86 without VNNI, where 8 saturates",
     )
     activation_bits: ActivationBits = Field(default=8, description="bits of a quantized activation")
     symmetric: bool = Field(default=False, description="symmetric activation ranges; weights always are")

@@ -99,7 +99,7 @@ class Database:
 
         SQLite lets one writer in at a time; PostgreSQL lets two look and find nothing, and then refuses
         the second insertion. The next call finds what the other one inserted. Of transactions that wait
-        for each other PostgreSQL ends one, whose changes are none; the next call is not in the way.
+        for each other PostgreSQL ends one and undoes it; it is made again.
         """
         for _ in range(_WRITE_ATTEMPTS - 1):
             try:

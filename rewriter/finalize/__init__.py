@@ -168,8 +168,9 @@ def _saturation(agreement: Agreement | None) -> tuple[str, ...]:
         return ()
     name, value = NO_SATURATION
     advice = (
-        "sums of 8-bit products saturate on this CPU (x86 without VNNI) in onnxruntime's default kernels: "
-        f"give sessions the config entry {name} = {value}, or prepare the model with weight_bits 7"
+        "on the CPU that finalize ran on (x86 without VNNI) sums of 8-bit products saturate in onnxruntime's "
+        f"default kernels: give sessions there the config entry {name} = {value}, or prepare the model with "
+        "weight_bits 7"
     )
     before, after = agreement.top1, agreement.top1_without_saturation
     if before is None or after is None:

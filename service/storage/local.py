@@ -31,17 +31,13 @@ class LocalStore:
         target = self._root / key
         file.chmod(0o444)
         _sync(file)
-        for left in reversed(range(_PUT_ATTEMPTS)):
+        for _ in range(_PUT_ATTEMPTS - 1):
             try:
-                self._make_directory(target.parent)
-                with contextlib.suppress(FileExistsError):
-                    _link_or_copy(file, target)
-                _sync(target.parent)
-            except FileNotFoundError:
-                if not left:
-                    raise
-            else:
+                self._place(file, target)
                 return
+            except FileNotFoundError:
+                continue
+        self._place(file, target)
 
     def exists(self, key: str) -> bool:
         return (self._root / key).is_file()
@@ -94,6 +90,12 @@ class LocalStore:
             with contextlib.suppress(FileNotFoundError):
                 (files.parent / "bundle.zip").rename(attempt / "bundle.zip")
             files.rename(attempt / "files")
+
+    def _place(self, file: Path, target: Path) -> None:
+        self._make_directory(target.parent)
+        with contextlib.suppress(FileExistsError):
+            _link_or_copy(file, target)
+        _sync(target.parent)
 
     def _make_directory(self, directory: Path) -> None:
         """Make it and its parents, so that they are still there after a loss of power."""

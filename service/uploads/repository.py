@@ -53,7 +53,7 @@ def lock_blob(session: Session, file: StoredFile) -> None:
 
 
 def lock_unreferenced_blob(session: Session, before: datetime.datetime, after: str) -> BlobRow | None:
-    """The next content behind that digest that no upload had when the query began, and that is older.
+    """The next content behind that digest, stored before that time, that no upload had when the query began.
 
     By the time the row is locked an upload may have it (`is_blob_referenced`): PostgreSQL reads everything
     as it was when the query began, and a row that was only locked meanwhile counts as unchanged.

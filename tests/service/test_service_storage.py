@@ -85,9 +85,9 @@ def test_a_file_is_kept_under_its_key_and_comes_back(store: Store, file: Path, t
     store.check()
 
 
-@pytest.mark.parametrize("when", ["results/j", "results/j/2"])
+@pytest.mark.parametrize("made", ["results/j", "results/j/2"])
 def test_a_file_is_kept_while_another_attempt_is_removed(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, made: str
 ) -> None:
     """The directory of a job goes with its last attempt: perhaps when another one is about to begin."""
     data = DataDirectory(tmp_path / "data")
@@ -98,17 +98,17 @@ def test_a_file_is_kept_while_another_attempt_is_removed(
     removed: list[str] = []
 
     def remove_before(path: Path, *args: Any, **kwargs: Any) -> None:
-        if path == data.root / when and not removed:
-            removed.append(when)
+        if path == data.root / made and not removed:
+            removed.append(made)
             store.delete_all("results/j/1/")
             store.delete_all("results/j/")
         mkdir(path, *args, **kwargs)
 
-    if when == "results/j":
+    if made == "results/j":
         store.delete_all("results/j/1/")
     monkeypatch.setattr(Path, "mkdir", remove_before)
     store.put("results/j/2/files/a", file)
-    assert removed == [when]
+    assert removed == [made]
     assert b"".join(store.read("results/j/2/files/a", 0, len(CONTENT))) == CONTENT
     assert (data.root / "results").is_dir()
 

@@ -97,8 +97,19 @@ export async function finalizeResult(job, element) {
     h("section", { class: "card", "aria-label": "Run it" },
       h("div", { class: "card-head" }, heading("Run it")),
       codeBlock(downloadCommand(`/v1/jobs/${job.id}/files/${model.name}`, model.name), "Download with curl").element,
-      codeBlock(`import onnxruntime\n\nsession = onnxruntime.InferenceSession("${model.name}", providers=["CPUExecutionProvider"])`, "Load it in Python").element),
+      codeBlock(loadingCode(model.name, report.agreement), "Load it in Python").element),
     filesSection(job));
+}
+
+function loadingCode(name, agreement) {
+  const session = (options) => `session = onnxruntime.InferenceSession("${name}"${options}, providers=["CPUExecutionProvider"])`;
+  if (!agreement?.saturates) return `import onnxruntime\n\n${session("")}`;
+  return [
+    "import onnxruntime\n",
+    "options = onnxruntime.SessionOptions()",
+    'options.add_session_config_entry("session.x64quantprecision", "1")  # see the warning above',
+    session(", options"),
+  ].join("\n");
 }
 
 function prepareNumbers(manifest) {
